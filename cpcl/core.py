@@ -31,7 +31,7 @@ def keyed_rng(
     *key:int, # non-negative integers, e.g. (seed, epoch, row)
 ) -> np.random.Generator: # independent of every other key's
     "A random generator that depends on its key and on nothing else (ours)."
-    return np.random.default_rng(np.random.SeedSequence(key))
+    return np.random.default_rng(np.random.SeedSequence((len(key), *key)))
 
 # %% ../nbs/00_core.ipynb #7a377007
 def unit(

@@ -1,0 +1,41 @@
+# Everything works from a fresh clone: each target makes .venv and installs the project when that is missing.
+PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.10; do command -v python$$v && break; done || echo python3)
+BIN := .venv/bin
+NB := $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.timeout=3600
+
+.PHONY: install demo test test-all export readme clean-notebooks lab bench help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
+
+install: .venv/installed ## make .venv and install the project into it
+
+.venv/installed: settings.ini setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --progress-bar on -e '.[dev]'
+	touch $@
+
+demo: install ## train on the sample set and print the table (minutes, no GPU)
+	$(BIN)/python -m cpcl.cli demo
+
+test: install ## what decides whether a change lands
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest tests
+	$(BIN)/nbdev_test --n_workers 2
+
+test-all: test ## also what is marked slow, the tutorials and the ablation notebooks
+	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/nbdev_test --n_workers 2 --flags slow --ignore_fname .never
+
+export: install ## notebooks -> package, notebooks cleaned, README written
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/readme.py
+
+readme: export
+
+lab: install ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+bench: install ## run the benchmark notebooks and rewrite their records
+	CPCL_RUN=1 $(NB) nbs/benchmarks/*.ipynb
