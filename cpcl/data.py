@@ -106,7 +106,7 @@ def _check_path(p):
     if not isinstance(p, str) or not p.strip(): raise UserError(f"the image must be a path, got {p!r}")
     q = p.strip().replace("\\", "/")
     if q.startswith("/") or re.match("[A-Za-z]:", q): raise UserError(f"the path {p!r} is absolute; paths are relative to the folder")
-    if "\0" in q or not _is_unicode(q): raise UserError(f"the path {p!r} holds a character no file name can have")
+    if re.search("[\0-\x1f\x7f\u2028\u2029]", q) or not _is_unicode(q): raise UserError(f"the path {p!r} holds a character no file name should have")
     q = posixpath.normpath(q)
     if q in (".", "..") or q.startswith("../"): raise UserError(f"the path {p!r} leaves the folder")
     return q
@@ -114,6 +114,9 @@ def _check_path(p):
 def _is_unicode(text):
     try: text.encode(); return True
     except UnicodeEncodeError: return False
+
+def _names(keys): # someone else's words, made fit for one line
+    return ", ".join(" ".join(str(k).split())[:30].encode("utf8", "replace").decode() for k in list(keys)[:12])
 
 # %% ../nbs/10_data.ipynb #ffcf27d0
 def _check_caption(c):
@@ -140,7 +143,7 @@ def _benchmark_records(file, name):
         try:
             if not isinstance(r, dict): raise UserError(f"must be an object, got {str(r)[:40]!r}")
             if missing := [k for k in (key, "captions", "id", "split") if k not in r]:
-                raise UserError(f"has no {' and no '.join(missing)} (its keys: {', '.join(list(r)[:12])})")
+                raise UserError(f"has no {' and no '.join(missing)} (its keys: {_names(r)})")
             if not isinstance(r["captions"], list) or not r["captions"]:
                 raise UserError(f"captions must be a list of texts, got {str(r['captions'])[:40]!r}")
             yield (f"record {i}", _check_path(r[key]), [_check_caption(c) for c in r["captions"]],
@@ -157,8 +160,8 @@ def _own_rows(file):
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         columns = [c.strip() for c in reader.fieldnames or []]
-        if len(set(columns)) < len(columns): raise UserError(f"{file}: a column stands twice ({', '.join(columns)})")
-        if not {"image", "caption"} <= set(columns): raise UserError(f"{file} must have the columns image and caption, got {', '.join(columns)}")
+        if len(set(columns)) < len(columns): raise UserError(f"{file}: a column stands twice ({_names(columns)})")
+        if not {"image", "caption"} <= set(columns): raise UserError(f"{file} must have the columns image and caption, got {_names(columns)}")
         reader.fieldnames = columns
         for row in reader:
             if None in row: raise UserError(f'{file}, line {reader.line_num}: more cells than columns; put a caption with a comma in "quotes"')

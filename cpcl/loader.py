@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['END_OF_TEXT', 'CLIP_MEAN', 'CLIP_STD', 'tokenize', 'token_lengths', 'caption_lengths', 'to_tensor', 'PixelCache',
            'AugmentConfig', 'augment', 'ImageRows', 'CaptionRows', 'PairRows', 'collate', 'epoch_order', 'image_loader',
-           'caption_loader', 'pair_loader']
+           'caption_loader', 'global_batches', 'share_of', 'pair_loader']
 
 # %% ../nbs/14_loader.ipynb #f5dfd5f1
 from concurrent.futures import ThreadPoolExecutor
@@ -46,8 +46,8 @@ def tokenize(
 
 @lru_cache(maxsize=6)
 def _tokens(captions, context_length):
-    _check_texts(captions); step = 512
-    parts = [_tokenizer()(list(captions[i:i+step]), context_length)
+    _check_texts(captions); make, step = _tokenizer(), 512
+    parts = [make(list(captions[i:i+step]), context_length)
              for i in progress(range(0, len(captions), step), "tokens", unit=f" x {step}")]
     return torch.cat(parts) if parts else torch.zeros((0, context_length), dtype=torch.int64)
 
@@ -114,8 +114,10 @@ class PixelCache:
     ): # the cache itself
         "Decode whatever is not there yet, with a progress bar; nothing to do where nothing is kept (ours)."
         todo = np.flatnonzero(~self.have).tolist() if self.cached else []
-        with ThreadPoolExecutor(workers) as pool:
+        pool = ThreadPoolExecutor(workers)
+        try:
             for _ in progress(pool.map(self.__getitem__, todo), "decoding", len(todo), "img"): pass
+        finally: pool.shutdown(cancel_futures=True) # an unreadable image or Ctrl-C stops at once
         return self
 
 # %% ../nbs/14_loader.ipynb #98783952
@@ -251,6 +253,27 @@ def caption_loader(
     return _loader(data, batch_size, workers, torch.argsort(token_lengths(data.tokens), stable=True) if len(data) else None)
 
 # %% ../nbs/14_loader.ipynb #8e600fd8
+def global_batches(
+    m:int, # captions
+    batch_size:int, # pairs a step, over all processes together
+    seed:int, # of the run
+    epoch:int, # from 0
+) -> list: # lists of caption rows; the last may be short
+    "An epoch's batches, the same for any number of processes (ours)."
+    if batch_size < 1: raise UserError(f"the batch size must be at least 1, got {batch_size}")
+    order = epoch_order(m, seed, epoch).tolist()
+    return [order[i:i + batch_size] for i in range(0, m, batch_size)]
+
+def share_of(
+    batch:list, # rows of a global batch
+    rank:int, # this process, 0..world-1
+    world:int, # processes
+) -> list: # ceil(len(batch) / world) rows
+    "What one process encodes of a batch, the last row repeated where it does not divide (ours)."
+    mine = batch[rank::world]
+    return mine + batch[-1:] * (-(-len(batch) // world) - len(mine))
+
+# %% ../nbs/14_loader.ipynb #d45c0bb9
 def pair_loader(
     split:Split, # whose pairs
     size:tuple, # (H, W)
@@ -261,7 +284,10 @@ def pair_loader(
     workers:int=0, # loader processes; the batches are the same whatever their number
     cache:PixelCache=None, # of the same split and size
     context_length:int=77, # places of the text tower
+    rank:int=0, # this process, 0..world-1
+    world:int=1, # processes that share each batch
 ) -> DataLoader: # batches of `image`, `tokens`, `image_row`, `caption_row`
     "One training epoch: each caption once with its image, without a person (method.md, 4 and 5)."
     data = PairRows(split, size, augment, seed, epoch, cache, context_length)
-    return _loader(data, batch_size, workers, epoch_order(len(data), seed, epoch))
+    shares = [share_of(b, rank, world) for b in global_batches(len(data), batch_size, seed, epoch)]
+    return DataLoader(data, batch_sampler=shares, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), generator=torch.Generator())

@@ -33,8 +33,8 @@ def pcm_term(
 ): # scalar; exactly 0, with a graph, without labelled rows or without prototypes
     "-log softmax(q.P^T / tau) at the row's own prototype, the mean over labelled rows (paper: PCM)."
     scores = logits(query, protos.detach(), tau)
-    if len(protos) == 0: return scores.sum()
     check_targets(labels, len(protos), len(query))
+    if len(protos) == 0: return scores.sum()
     total = F.cross_entropy(scores, labels.long(), ignore_index=-1, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
 

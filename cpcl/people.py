@@ -9,6 +9,7 @@ __all__ = ['QUIRKS', 'ATTRIBUTES', 'UPPER', 'LOWER', 'SKIN', 'HAIR', 'STREET', '
 # %% ../nbs/03_people.ipynb #8cab7f61
 import colorsys
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -165,10 +166,11 @@ STUDIO = Look(
      "scarf": {"": 4, "yes": 1}, "scarf_colour": _BRIGHT, "belt": {"": 6, "yes": 1}, "belt_colour": _BRIGHT}, rounded=True, shading=1., limb=1.25, head=1.2)
 
 # %% ../nbs/03_people.ipynb #dbaeaf01
+@lru_cache(maxsize=256)
 def worn(
     p:Person, # who
     look:Look, # whose palette
-) -> dict: # part -> (r, g, b); a part that is not there is missing
+) -> dict: # part -> (r, g, b), to be read only; a part that is not there is missing
     "The colours a person actually wears: the named colour, moved by the quirks (ours)."
     q = p.quirk(); u, l, bag = (q["upper_h"], q["upper_s"], q["upper_v"]), (q["lower_h"], q["lower_s"], q["lower_v"]), (0, q["bag"], -q["bag"])
     parts = dict(upper=(p.upper_colour, *u), lower=(p.lower_colour, *l), pattern=(p.pattern_colour, 0, q["inner"], q["inner"]), inner=(p.inner_colour, 0, 0, q["inner"]), shoes=(p.shoes_colour, 0, 0, q["shoes"]),
@@ -214,15 +216,17 @@ class Shot:
         return self.cover not in ("low", "cut") or y < 1 - self.hidden
 
 # %% ../nbs/03_people.ipynb #5c044797
+def _nth(u, edges): return sum(u >= e for e in edges)  # which piece of [0, 1) holds u
+
 def draw_shot(
     rng:np.random.Generator, # consumed
     camera:int, # its index
     views:tuple=(.4, .3, .3), # how often this camera sees front, back, side
 ) -> Shot: # one image's circumstances
     "Circumstances of one image (ours)."
-    view = ("front", "back", "side")[int(np.searchsorted(np.cumsum(views)[:2] / sum(views), rng.random(), side="right"))]
-    cover = ("", "low", "cut", "side")[int(np.searchsorted((.62, .75, .87), rng.random(), side="right"))]
+    view = ("front", "back", "side")[_nth(rng.random() * sum(views), (views[0], views[0] + views[1]))]
+    cover = ("", "low", "cut", "side")[_nth(rng.random(), (.62, .75, .87))]
     hidden = {"": 0., "low": rng.uniform(.06, .38), "cut": rng.uniform(.05, .33), "side": rng.uniform(.1, .3)}[cover]
-    held = ("", "phone", "bottle", "umbrella", "book")[int(np.searchsorted((.8, .88, .94, .965), rng.random(), side="right"))]
+    held = ("", "phone", "bottle", "umbrella", "book")[_nth(rng.random(), (.8, .88, .94, .965))]
     return Shot(camera, view, 1 if rng.random() < .5 else -1, float(rng.random()), float(rng.uniform(.84, .95)), float(rng.uniform(-.05, .05)),
                 cover, float(hidden), held, float(np.exp(rng.normal(0, .1))))
