@@ -58,7 +58,7 @@ def load_state(
     model.load_state_dict(weights)
     for name, p in model.named_parameters():
         slots = {s: tensors[f"optim.{s}.{name}"] for s in ("step", "exp_avg", "exp_avg_sq") if f"optim.{s}.{name}" in tensors}
-        if slots: optimizer.state[p] = {s: v if s == "step" else v.to(p.device) for s, v in slots.items()}
+        if slots: optimizer.state[p] = {s: v if s == "step" and not optimizer.defaults.get("fused") else v.to(p.device) for s, v in slots.items()}
     return facts
 
 # %% ../nbs/66_checkpoint.ipynb #5f1175ef
