@@ -94,7 +94,7 @@ def start_run(
     cfg:TrainConfig, # configuration of the run
     data:dict, # what it is trained on (names and counts), kept for the reader
     resume:bool=False, # go on from the last whole epoch if there is one
-) -> bool: # whether there is a state to go on from
+):
     "Open a run folder; raises UserError where it holds another run (ours)."
     run = Path(run); path = run/"config.json"
     if path.is_file():
@@ -105,7 +105,6 @@ def start_run(
             raise UserError(f"{run} was made with other settings: " + ", ".join(f"{k} was {a.get(k)}, now {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)))
     elif run.is_dir() and any(run.iterdir()): raise UserError(f"{run} is not empty and no run: give another --out")
     write_json(path, dict(config=config_dict(cfg), data=data))
-    return (run/"state.safetensors").is_file()
 
 def _flat(d, pre=""):
     "Nested dict to dotted names."

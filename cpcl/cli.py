@@ -53,7 +53,7 @@ class Train:
         if self.data != "auto" and not self.root: raise UserError(f"--data {self.data} needs --root: the folder it lies in")
         out = Path(self.out) if self.out else free_folder(Path("runs"), f"{Path(root).name}-{self.preset}-{self.seed}", self.resume)
         result = train_run(root, out, None if self.data == "auto" else self.data, self.preset, schedule, encoder, self.seed, self.settings(), self.resume, self.workers, self.cache)
-        print(result_table(result) + f"\nrun folder: {out}")
+        if result: print(result_table(result) + f"\nrun folder: {out}")
         return 0
 
     def settings(self) -> dict:
@@ -113,7 +113,7 @@ class Eval:
         query = person[split.image_of]
         found = {"text to image": (evaluate(img, txt, split.image_of, person), query), "image to text": (evaluate(img, txt, split.image_of, person, "i2t"), person)}
         if self.rerank: found["text to image, re-ranked"] = score_matrix(rerank(img, txt), query, person), query
-        rows = {name: s.mean().as_dict() | {f"{m}_95": [round(float(v), 2) for v in bootstrap_interval(s, who)[m]] for m in ("R1", "mAP")} for name, (s, who) in found.items()}
+        rows = {name: s.mean().as_dict() | {f"{m}_95": [round(v, 2) for v in interval] for m, interval in bootstrap_interval(s, who).items() if m in ("R1", "mAP")} for name, (s, who) in found.items()}
         if self.json: print(json.dumps(rows, indent=1))
         else: print(pd.DataFrame(rows).T.to_string(float_format=lambda v: f"{v:.2f}"))
         return 0

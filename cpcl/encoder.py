@@ -91,6 +91,7 @@ class Encoder(nn.Module):
         cfg = architecture(model, self.image_size)
         custom = cfg.pop("custom_text", False)
         self.clip = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
+        self.clip.logit_scale.requires_grad_(False) # temperatures are the losses' (see the losses notebook)
         self.grid = tuple(s // cfg["vision_cfg"]["patch_size"] for s in self.image_size)
         self.width, self.context_length = cfg["embed_dim"], self.clip.context_length
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator, PartialState
 
 from .checkpoint import load_run, load_state, read_history, save_state, start_run, write_history, write_json
 from .cluster import cluster_images, label_quality, pseudo_labels
@@ -138,13 +139,14 @@ def fit(
     say=print, # where the line an epoch goes
 ) -> list: # history, a dict an epoch
     "Train from `cfg.encoder`'s weights to `last.safetensors` and `best.safetensors` in the run folder (paper algorithm 1)."
-    from accelerate import Accelerator
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no")
     run, main, device = Path(run), accelerator.is_main_process, accelerator.device
     seed_everything(cfg.seed)
     encoder = load_encoder(cfg.encoder).to(device)
     optimizer, start, best = build_optimizer(encoder, cfg.optim), 0, None
-    if start_run(run, cfg, dict(name=train.name, images=len(train.images), captions=len(train.captions)), resume) :
+    if main: start_run(run, cfg, dict(name=train.name, images=len(train.images), captions=len(train.captions)), resume)
+    accelerator.wait_for_everyone()
+    if resume and (run/"state.safetensors").is_file():
         facts = load_state(run/"state.safetensors", encoder, optimizer)
         start, best = facts["epoch"], facts["best"]
     history = read_history(run, before=start)
@@ -161,9 +163,11 @@ def fit(
         improved = score is None or best is None or score > best
         best = score if improved else best
         history.append(dict(epoch=epoch, **row, seconds={k: round(v, 3) for k, v in watch.seconds.items()}))
-        if main: _write_epoch(run, encoder, optimizer, epoch, best, improved, history, log)
-        say(epoch_line(history[-1], cfg.optim.epochs))
+        if main:
+            _write_epoch(run, encoder, optimizer, epoch, best, improved, history, log)
+            say(epoch_line(history[-1], cfg.optim.epochs))
     close()
+    accelerator.wait_for_everyone()
     return history
 
 # %% ../nbs/70_train.ipynb #be696948
@@ -244,7 +248,7 @@ def train_run(
     workers:int=0, # loader processes
     cache:bool=True, # keep decoded images in memory
     say=print, # where the lines go
-) -> dict: # what result.json holds
+) -> dict: # what result.json holds; empty on processes other than the first
     "Train a preset on a data set and evaluate it; raises UserError before training for bad input (paper section 4)."
     name = name or detect(root)
     train = load_split(root, name, "train")
@@ -256,6 +260,7 @@ def train_run(
         return {"val_R1": mean.R1, "val_mAP": mean.mAP}
     quality, truth = read_only(train)
     fit(cfg, train, run, validate if "val" in held else None, quality, truth, resume, cache, workers, say)
+    if not PartialState().is_main_process: return {}
     result = score_run(run, held.get("test", train), caches.get("test"))
     result |= dict(preset=preset, seed=seed, split="test" if "test" in held else "train", best_by="val mAP" if "val" in held else "no val: best = last")
     write_json(Path(run)/"result.json", result)
@@ -276,6 +281,7 @@ def environment() -> dict: # versions, device, commit, command
     import open_clip
     try: commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired): commit = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] if Path("/proc/cpuinfo").is_file() else []
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {cpu[0] if cpu else platform.processor() or platform.machine()}"
     return dict(python=platform.python_version(), torch=torch.__version__, open_clip=open_clip.__version__, numpy=np.__version__,
         device=device, threads=torch.get_num_threads(), commit=commit, command=" ".join(sys.argv))

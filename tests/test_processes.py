@@ -1,0 +1,22 @@
+"A training launched as two processes makes the run of one (the full set of promises is held elsewhere)."
+import json, os, subprocess, sys
+
+import pytest
+
+from cpcl.checkpoint import read_history
+from cpcl.synth import write_synth
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_run(tmp_path):
+    root = write_synth(tmp_path / "set", people=24, seed=11, splits=(14, 4, 6))
+    command = ["-m", "cpcl.cli", "train", "--root", str(root), "--pretrained", "none", "--height", "48", "--width", "24", "--epochs", "2", "--batch-size", "15",
+               "--set", "labels.image.k1=6", "labels.caption.k1=6"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command, "--out", str(tmp_path / "one")], check=True, env=env, timeout=300)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511", *command, "--out", str(tmp_path / "two")], check=True, env=env, timeout=300)
+    one, two = (read_history(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["clusters_img"] == b["clusters_img"] and a["clusters_txt"] == b["clusters_txt"]
+        assert abs(a["loss"] - b["loss"]) < 1e-3 * a["loss"]
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["last"]["queries"] > 0
