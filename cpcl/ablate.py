@@ -82,7 +82,7 @@ def run_missing(
             run = Path(runs or tmp)/f"{spec.name.replace(' ', '_')}-{spec.seed}"
             train_run(root, run, preset=spec.preset, seed=spec.seed, changes=spec.changes, resume=True, say=lambda line: None, **kwargs)
             record = make_record(spec, run, load_split(root, split="test"), time.perf_counter() - start)
-            found[key(asdict(spec))] = record
+            found[key(asdict(spec))] = record = json.loads(json.dumps(record))
             write_json(file, list(found.values()))
             r = record["result"]["last"]
             say(f"{i + 1}/{len(todo)} {spec.name} seed {spec.seed}: R1 {r['R1']:.2f} mAP {r['mAP']:.2f}, {record['seconds']:.0f} s; about {(len(todo) - i - 1) * record['seconds'] / 60:.0f} min left")

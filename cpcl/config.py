@@ -126,7 +126,7 @@ def override(
 
 # %% ../nbs/64_config.ipynb #f50c4220
 IMAGE_MIN_SAMPLES = {"cuhk-pedes": 2, "rstpreid": 3, "icfg-pedes": 4, "own": 2}
-SMALL_SET, SMALL_K1 = 5000, 12
+SMALL_SET, SMALL_K1 = 5000, 6
 
 def data_settings(
     name:str, # the data set's name
@@ -140,7 +140,7 @@ def data_settings(
 # %% ../nbs/64_config.ipynb #87e0fe55
 SCHEDULES = {
     "paper": {},
-    "tiny": {"optim.lr": 3e-4, "optim.epochs": 8, "optim.warmup": 1, "hcm.beta": 1.},
+    "tiny": {"optim.lr": 1e-3, "optim.epochs": 8, "optim.warmup": 1, "hcm.beta": 1.},
 }
 
 def make_config(

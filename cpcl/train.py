@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from .checkpoint import load_run, load_state, read_history, save_state, start_run, write_history, write_json
 from .cluster import cluster_images, label_quality, pseudo_labels
 from .config import LabelConfig, MemoryConfig, OptimConfig, TrainConfig, learning_rate, make_config
-from .core import Stopwatch, UserError, progress, seed_everything
+from .core import Stopwatch, UserError, progress, repo_root, seed_everything
 from .data import Split, detect, has_split, load_person, load_split
 from .distributed import gather_rows, share
 from .encoder import EncoderConfig, features, load_encoder, save_encoder
@@ -175,8 +175,8 @@ def _look(cfg, encoder, train, pixels, workers, truth, quality, watch):
     "What an epoch begins with: features, labels, prototypes; nothing at all for presets without labels."
     device, n, m = next(encoder.parameters()).device, len(train.images), len(train.captions)
     if cfg.labels.source == "none":
-        empty = np.zeros((0, encoder.width), np.float32)
-        return build_memories(empty, empty, np.full(n, -1), np.full(m, -1), cfg.memory, device), {}
+        none = PrototypeMemory(torch.zeros(0, encoder.width)).to(device)
+        return Memories(torch.full((n,), -1, device=device), torch.full((m,), -1, device=device), none, none), {}
     with watch("features"): img, txt = features(encoder, train, cache=pixels, workers=workers)
     with watch("labels"): y_img, y_txt, report = epoch_labels(cfg.labels, img, txt, train.image_of, truth, quality)
     return build_memories(img, txt, y_img, y_txt, cfg.memory, device), report
@@ -279,7 +279,7 @@ def score_run(
 def environment() -> dict: # versions, device, commit, command
     "What a run was made with (ours)."
     import open_clip
-    try: commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
+    try: commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=repo_root(), capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired): commit = ""
     cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] if Path("/proc/cpuinfo").is_file() else []
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {cpu[0] if cpu else platform.processor() or platform.machine()}"
