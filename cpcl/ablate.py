@@ -104,7 +104,8 @@ def mean_table(
 ) -> pd.DataFrame: # a row a method, "mean ± deviation"
     "Mean and sample deviation over seeds (ours)."
     groups = seed_table(records, which).groupby("method", sort=False)[list(METRICS)]
-    return groups.mean().combine(groups.std(), lambda m, s: [f"{a:.2f} ± {b:.2f}" for a, b in zip(m, s)])
+    mean, deviation = groups.mean(), groups.std()
+    return pd.DataFrame({m: [f"{a:.2f} ± {b:.2f}" for a, b in zip(mean[m], deviation[m])] for m in METRICS}, index=mean.index)
 
 # %% ../nbs/74_ablate.ipynb #2437fc2f
 def difference(
