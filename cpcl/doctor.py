@@ -114,7 +114,7 @@ def doctor(
     try:
         name = name or detect(root)
         splits = [s for s in SPLIT_NAMES if has_split(root, name, s)]
-    except UserError as e: return Report(Path(root), name or "?", problems=(str(e),))
+    except UserError as e: return Report(Path(root), name or "unknown data", problems=(str(e),))
     for s in splits:
         try: split = load_split(root, name, s)
         except UserError as e: problems.append(str(e)); continue
