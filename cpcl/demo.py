@@ -63,12 +63,12 @@ def demo(
     test = load_split(mini, split="test")
     if (out/"table.json").is_file() or (out/"clip"/"config.json").is_file(): shutil.rmtree(out)
     rows, start = {}, time.perf_counter()
-    def row(name, scores): rows[name] = {k: scores[k] for k in ("R1", "R5", "R10", "mAP", "mINP")} | {"seconds": round(time.perf_counter() - start)}
-    row("tiny CLIP as it is", score_split(load_encoder(cfg.encoder), test).mean().as_dict())
+    def _row(name, scores): rows[name] = {k: scores[k] for k in ("R1", "R5", "R10", "mAP", "mINP")} | {"seconds": round(time.perf_counter() - start)}
+    _row("tiny CLIP as it is", score_split(load_encoder(cfg.encoder), test).mean().as_dict())
     for preset in ("clip", "cpcl"):
         start = time.perf_counter()
         say(f"\n{preset}: training on {mini.name}, {cfg.optim.epochs} epochs")
-        row({"clip": "clip, fine-tuned on pairs", "cpcl": "cpcl"}[preset], train_run(mini, out/preset, preset=preset, changes=changes, say=say)["last"])
+        _row({"clip": "clip, fine-tuned on pairs", "cpcl": "cpcl"}[preset], train_run(mini, out/preset, preset=preset, changes=changes, say=say)["last"])
     table = pd.DataFrame(rows).T
     (out/"table.json").write_text(json.dumps(rows, indent=1))
     axes = ranked_picture(load_run(out/"cpcl"), test)

@@ -141,14 +141,9 @@ def fit(
     "Train from `cfg.encoder`'s weights to `last.safetensors` and `best.safetensors` in the run folder (paper algorithm 1)."
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no")
     run, main, device = Path(run), accelerator.is_main_process, accelerator.device
-    seed_everything(cfg.seed)
-    encoder = load_encoder(cfg.encoder).to(device)
-    optimizer, start, best = build_optimizer(encoder, cfg.optim), 0, None
     if main: start_run(run, cfg, dict(name=train.name, images=len(train.images), captions=len(train.captions)), resume)
     accelerator.wait_for_everyone()
-    if resume and (run/"state.safetensors").is_file():
-        facts = load_state(run/"state.safetensors", encoder, optimizer)
-        start, best = facts["epoch"], facts["best"]
+    encoder, optimizer, start, best = _begin(cfg, run, resume, device)
     history = read_history(run, before=start)
     model = accelerator.prepare_model(encoder)
     pixels = PixelCache(train, encoder.image_size) if cache else None
@@ -171,6 +166,15 @@ def fit(
     return history
 
 # %% ../nbs/70_train.ipynb #be696948
+def _begin(cfg, run, resume, device):
+    "Encoder and optimiser as the run starts, or as it was left."
+    seed_everything(cfg.seed)
+    encoder = load_encoder(cfg.encoder).to(device)
+    optimizer = build_optimizer(encoder, cfg.optim)
+    if not (resume and (run/"state.safetensors").is_file()): return encoder, optimizer, 0, None
+    facts = load_state(run/"state.safetensors", encoder, optimizer)
+    return encoder, optimizer, facts["epoch"], facts["best"]
+
 def _look(cfg, encoder, train, pixels, workers, truth, quality, watch):
     "What an epoch begins with: features, labels, prototypes; nothing at all for presets without labels."
     device, n, m = next(encoder.parameters()).device, len(train.images), len(train.captions)
@@ -193,9 +197,9 @@ def _tensorboard(run):
     "(log, close) for TensorBoard's event files."
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(run/"tensorboard")
-    def log(step, values, group="step"):
+    def _log(step, values, group="step"):
         for k, v in values.items(): writer.add_scalar(f"{group}/{k}", v, step)
-    return log, writer.close
+    return _log, writer.close
 
 # %% ../nbs/70_train.ipynb #e2902784
 def epoch_line(
@@ -229,10 +233,10 @@ def read_only(
     "Wrap the training identities in two calls, so that `fit` never holds them (ours)."
     person = load_person(train)
     if person is None: return None, None
-    def quality(y_img, y_txt):
+    def _quality(y_img, y_txt):
         q = {f"{k}_{m}": v for m, y, p in (("img", y_img, person), ("txt", y_txt, person[train.image_of])) for k, v in label_quality(y, p).items()}
         return {k: v for k, v in q.items() if k[:3] in ("ari", "ami")}
-    return quality, lambda: person
+    return _quality, lambda: person
 
 # %% ../nbs/70_train.ipynb #25ac87b7
 def train_run(
@@ -255,11 +259,11 @@ def train_run(
     held = {s: load_split(root, name, s) for s in ("val", "test") if has_split(root, name, s)}
     cfg = make_config(preset, schedule, name, len(train.images), encoder, seed, changes)
     caches = {s: PixelCache(split, cfg.encoder.image_size) if cache else None for s, split in held.items()}
-    def validate(encoder):
+    def _validate(encoder):
         mean = score_split(encoder, held["val"], caches["val"]).mean()
         return {"val_R1": mean.R1, "val_mAP": mean.mAP}
     quality, truth = read_only(train)
-    fit(cfg, train, run, validate if "val" in held else None, quality, truth, resume, cache, workers, say)
+    fit(cfg, train, run, _validate if "val" in held else None, quality, truth, resume, cache, workers, say)
     if not PartialState().is_main_process: return {}
     result = score_run(run, held.get("test", train), caches.get("test"))
     result |= dict(preset=preset, seed=seed, split="test" if "test" in held else "train", best_by="val mAP" if "val" in held else "no val: best = last")
@@ -267,6 +271,7 @@ def train_run(
     write_json(Path(run)/"environment.json", environment())
     return result
 
+# %% ../nbs/70_train.ipynb #64fb35f1
 def score_run(
     run, # run folder
     split:Split, # the split to score
@@ -276,6 +281,7 @@ def score_run(
     rounded = lambda s: {k: round(v, 4) if isinstance(v, float) else v for k, v in s.mean().as_dict().items()}
     return {which: rounded(score_split(load_run(run, which), split, cache)) for which in ("last", "best")}
 
+# %% ../nbs/70_train.ipynb #d8f41ccb
 def environment() -> dict: # versions, device, commit, command
     "What a run was made with (ours)."
     import open_clip
