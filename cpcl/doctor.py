@@ -75,7 +75,7 @@ def compare_published(
 class Report:
     "What the doctor saw; `ok` is False when something is wrong, `str` is the printed table (ours)."
     root: Path # the folder
-    name: str # data set, "?" where it was not recognised
+    name: str # data set, "unknown data" where it was not recognised
     counts: dict = field(default_factory=dict) # split -> what `split_figures` gives
     sizes: dict = field(default_factory=dict) # split -> (width, height) spreads; empty where not decoded
     unreadable: tuple = () # a message for each file that cannot be read
