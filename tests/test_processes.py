@@ -16,7 +16,10 @@ def test_two_processes_make_the_same_run(tmp_path):
     subprocess.run([sys.executable, *command, "--out", str(tmp_path / "one")], check=True, env=env, timeout=300)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511", *command, "--out", str(tmp_path / "two")], check=True, env=env, timeout=300)
     one, two = (read_history(tmp_path / name) for name in ("one", "two"))
-    for a, b in zip(one, two, strict=True):
-        assert a["clusters_img"] == b["clusters_img"] and a["clusters_txt"] == b["clusters_txt"]
-        assert abs(a["loss"] - b["loss"]) < 1e-3 * a["loss"]
+    first, again = one[0], two[0]
+    assert len(one) == len(two) == 2
+    assert all(first[k] == again[k] for k in ("clusters_img", "clusters_txt", "outliers_img", "outliers_txt_mined"))
+    for k in ("loss", "icpm", "pcm", "itc"): assert abs(first[k] - again[k]) < 1e-6 * first[k], k
+    # From the second epoch on, float32 sums taken in another order may move a row across DBSCAN's radius; the losses that read no label still agree.
+    for k in ("icpm", "itc"): assert abs(one[1][k] - two[1][k]) < 1e-3 * one[1][k], k
     assert json.loads((tmp_path / "two" / "result.json").read_text())["last"]["queries"] > 0
