@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'IMAGE_MIN_SAMPLES', 'SMALL_SET', 'SMALL_CLUSTERS', 'SCHED
            'config_from']
 
 # %% ../nbs/64_config.ipynb #5e30b8eb
-import dataclasses, math, typing
+import dataclasses, math, types, typing
 from dataclasses import dataclass, replace
 
 from .cluster import ClusterConfig
@@ -101,6 +101,10 @@ def _cast(value, kind, name):
         kind = next(o for o in options if o is not type(None))
     if kind in (tuple, list) or typing.get_origin(kind) in (tuple, list):
         return tuple(float(v) for v in (value.split(",") if isinstance(value, str) else value))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType): # a number or a word: the first that fits
+        for option in options:
+            try: return option(value)
+            except (TypeError, ValueError): pass
     if kind is bool:
         if str(value).lower() not in ("true", "false", "0", "1"): raise UserError(f"{name} must be true or false, got {value!r}")
         return str(value).lower() in ("true", "1")

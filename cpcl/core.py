@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UserError', 'seed_everything', 'keyed_rng', 'unit', 'check_features', 'check_labels', 'default_device', 'progress',
-           'Stopwatch', 'atomic_path', 'repo_root']
+           'Stopwatch', 'peak_memory', 'atomic_path', 'repo_root']
 
 # %% ../nbs/00_core.ipynb #4313895d
-import contextlib, os, random, tempfile, time
+import contextlib, os, random, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +101,14 @@ class Stopwatch:
         start = time.perf_counter()
         try: yield
         finally: self.seconds[stage] = self.seconds.get(stage, 0.) + time.perf_counter() - start
+
+# %% ../nbs/00_core.ipynb #4294baf2
+def peak_memory(
+) -> int: # bytes; 0 where the system does not tell (Windows)
+    "The largest resident memory of this process so far (getrusage)."
+    try: import resource
+    except ImportError: return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/00_core.ipynb #0e25e729
 @contextlib.contextmanager

@@ -36,6 +36,8 @@ def epoch_labels(
     image_of:np.ndarray, # int64 `[M]`, a(j)
     truth=None, # () -> int64 `[N]`, only for source="person"
     quality=None, # (y_img, y_txt) -> dict of numbers, for the history
+    say=None, # where each clustering's line goes
+    device=None, # where neighbours are searched; None: where the features lie
 ) -> tuple: # y_img int64 `[N]`, y_txt int64 `[M]`, report dict
     "Pseudo labels of both modalities, outliers mined through the pairs (paper sections 3.2 and 3.5)."
     if cfg.source == "person":
@@ -43,8 +45,10 @@ def epoch_labels(
         y_img = np.unique(truth(), return_inverse=True)[1].astype(np.int64)
         before = after = (y_img, y_img[image_of])
     else:
-        y_img = cluster_images(img, image_of, cfg.image, cfg.unit)
-        before = (y_img, pseudo_labels(txt, cfg.caption) if cfg.source == "clusters" else y_img[image_of])
+        there = lambda x: x if device is None or device.type == "cpu" else torch.as_tensor(x, device=device)
+        tell = lambda what: say and (lambda report: say(f"  {what}: {report}"))
+        y_img = cluster_images(there(img), image_of, cfg.image, cfg.unit, tell("images"))
+        before = (y_img, pseudo_labels(there(txt), **vars(cfg.caption), say=tell("captions")) if cfg.source == "clusters" else y_img[image_of])
         after = mine(img, txt, image_of, *before, cfg.oplm)
     share = lambda y: float((y < 0).mean())
     report = dict(clusters_img=int(after[0].max() + 1), clusters_txt=int(after[1].max() + 1),
@@ -136,7 +140,7 @@ def fit(
     resume:bool=False, # go on from the last whole epoch
     cache=True, # keep decoded images in memory if they fit
     workers:int=0, # loader processes
-    say=print, # where the line an epoch goes
+    say=print, # where the lines go: one a clustering, one an epoch
 ) -> list: # history, a dict an epoch
     "Train from `cfg.encoder`'s weights to `last.safetensors` and `best.safetensors` in the run folder (paper algorithm 1)."
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no")
@@ -150,7 +154,7 @@ def fit(
     log, close = _tensorboard(run) if main else (None, lambda: None)
     for epoch in range(start, cfg.optim.epochs):
         watch = Stopwatch()
-        memories, row = _look(cfg, encoder, train, pixels, workers, truth, quality, watch)
+        memories, row = _look(cfg, encoder, train, pixels, workers, truth, quality, watch, say if main else None)
         loader = pair_loader(train, encoder.image_size, cfg.optim.batch_size, cfg.augment, cfg.seed, epoch, workers=workers, cache=pixels, **share(accelerator))
         with watch("steps"): row |= train_epoch(model, optimizer, loader, memories, cfg, accelerator, epoch, log)
         with watch("val"): row |= validate(encoder) if validate else {}
@@ -175,14 +179,14 @@ def _begin(cfg, run, resume, device):
     facts = load_state(run/"state.safetensors", encoder, optimizer)
     return encoder, optimizer, facts["epoch"], facts["best"]
 
-def _look(cfg, encoder, train, pixels, workers, truth, quality, watch):
+def _look(cfg, encoder, train, pixels, workers, truth, quality, watch, say):
     "What an epoch begins with: features, labels, prototypes; nothing at all for presets without labels."
     device, n, m = next(encoder.parameters()).device, len(train.images), len(train.captions)
     if cfg.labels.source == "none":
         none = PrototypeMemory(torch.zeros(0, encoder.width)).to(device)
         return Memories(torch.full((n,), -1, device=device), torch.full((m,), -1, device=device), none, none), {}
     with watch("features"): img, txt = features(encoder, train, cache=pixels, workers=workers)
-    with watch("labels"): y_img, y_txt, report = epoch_labels(cfg.labels, img, txt, train.image_of, truth, quality)
+    with watch("labels"): y_img, y_txt, report = epoch_labels(cfg.labels, img, txt, train.image_of, truth, quality, say, device)
     return build_memories(img, txt, y_img, y_txt, cfg.memory, device), report
 
 def _write_epoch(run, encoder, optimizer, epoch, best, improved, history, log):

@@ -73,7 +73,7 @@ def test_bad_input_stops_before_training(cuhk, tmp_path, capsys):
 
 def test_paper_size_one_step_and_a_clustering():
     "ViT-B/16 at 384x128 with 77 tokens: a step of batch 4 moves the weights; 2,000 rows of its width cluster."
-    from cpcl.cluster import ClusterConfig, pseudo_labels
+    from cpcl.cluster import pseudo_labels
     from cpcl.config import make_config
     from cpcl.core import unit
     from cpcl.encoder import EncoderConfig, load_encoder
@@ -98,5 +98,5 @@ def test_paper_size_one_step_and_a_clustering():
     rng = np.random.default_rng(0)
     centre = rng.standard_normal((500, 512)).astype("float32")
     features = unit(np.repeat(centre, 4, 0) + .6 * rng.standard_normal((2000, 512)).astype("float32"))
-    labels = pseudo_labels(features, ClusterConfig())
+    labels = pseudo_labels(features)
     assert 300 < labels.max() + 1 <= 500
