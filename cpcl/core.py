@@ -51,7 +51,7 @@ def check_features(
     ok = x.dtype.is_floating_point if isinstance(x, torch.Tensor) else np.issubdtype(x.dtype, np.floating)
     if not ok: raise ValueError(f"{name} must hold floats, got {x.dtype}")
     if len(x) == 0: return x
-    sq = (x * x).sum(-1)
+    sq = torch.linalg.vecdot(x, x) if isinstance(x, torch.Tensor) else np.einsum("nd,nd->n", x, x) # no copy of x
     low, high = float(sq.min()), float(sq.max())
     if not np.isfinite(low + high): raise ValueError(f"{name} holds NaN or infinity")
     if low < .98 or high > 1.02:

@@ -84,7 +84,7 @@ def _two_passes(kernel, n, dtypes, *args):
     kernel(*args, lanes, indptr, *filled, counts)
     return indptr, *filled
 
-def _csr(matrix): return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32), matrix.data
+def _csr(matrix): return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32, copy=False), matrix.data
 
 # %% ../nbs/29_jaccard.ipynb #8bffa139
 def expanded_sets(
@@ -160,6 +160,12 @@ def _heavy(vals, enough, order):
     return used, mass
 
 # %% ../nbs/29_jaccard.ipynb #462533c2
+@inlined
+def _sizes(n, cols):
+    out = np.zeros(n, np.int64)
+    for c in cols: out[c] += 1
+    return out
+
 @compiled
 def _index(indptr, cols, vals, lanes, start, rows, weight):
     n = len(indptr) - 1
@@ -222,7 +228,7 @@ def overlap_graph(
     if not eps < 1: raise ValueError(f"eps must be below 1, the distance of rows that share nothing, got {eps}")
     if V.shape[0] == 0: return csr_array((0, 0))
     n, lanes, parts = V.shape[0], numba.get_num_threads(), _csr(V)
-    start, pairs = np.r_[0, np.cumsum(np.bincount(parts[1], minlength=n))], np.empty((V.nnz, 2), np.uint32)
+    start, pairs = np.r_[0, np.cumsum(_sizes(n, parts[1]))], np.empty((V.nnz, 2), np.uint32)
     index = start, pairs, pairs.view(np.float32)
     _index(*parts, lanes, *index)
     found, room, begin = [], 16, 0
