@@ -49,12 +49,17 @@ def half_width(
     return min(int(np.around(k1 / 2)) + 1, k1)
 
 # %% ../nbs/29_jaccard.ipynb #dc39c66f
+@inlined
+def _turns(lane, lanes, begin, end):
+    for block in range(begin + 64 * lane, end, 64 * lanes):
+        for i in range(block, min(block + 64, end)): yield i
+
 @compiled
 def _expand(recip, half, lanes, indptr, indices, counts):
     (n, k), fill = recip.shape, len(indices) > 0
     for lane in numba.prange(lanes):
         mine, joined, out = np.full(n, np.int32(-1)), np.full(n, np.int32(-1)), np.empty(k + k * half.shape[1], np.int32)
-        for i in range(lane, n, lanes):
+        for i in _turns(lane, lanes, 0, n):
             own = 0
             while own < k and recip[i, own] >= 0:
                 out[own] = recip[i, own]
@@ -84,6 +89,9 @@ def _two_passes(kernel, n, dtypes, *args):
     kernel(*args, lanes, indptr, *filled, counts)
     return indptr, *filled
 
+def _matrix(data, indices, indptr): # int32 pointers while they last: else SciPy would copy the indices
+    return csr_array((data, indices, indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr), shape=(len(indptr) - 1,) * 2)
+
 def _csr(matrix): return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32, copy=False), matrix.data
 
 # %% ../nbs/29_jaccard.ipynb #8bffa139
@@ -93,7 +101,7 @@ def expanded_sets(
 ) -> csr_array: # `[N, N]`, ones where column j is in the expanded set of row i; the row's own reciprocal neighbours first
     "Reciprocal sets widened by the half sets that mostly lie in them (Zhong et al. 2017, eq. 4)."
     indptr, indices = _two_passes(_expand, len(recip), (np.int32,), recip, half)
-    return csr_array((np.ones(len(indices), np.int8), indices, indptr), shape=(len(recip), len(recip)))
+    return _matrix(np.ones(len(indices), np.int8), indices, indptr)
 
 # %% ../nbs/29_jaccard.ipynb #fb1249ff
 @compiled
@@ -117,21 +125,26 @@ def weights(
 
 # %% ../nbs/29_jaccard.ipynb #549b184c
 @compiled
-def _expansion(near, k2, indptr, indices, data, lanes, optr, cols, vals, counts):
-    n, fill = len(near), len(cols) > 0
+def _expansion(near, k2, lanes, indptr, indices, data, room, cols, vals, counts):
+    n = len(near)
     for lane in numba.prange(lanes):
-        place, seen = np.full(n, -1), np.full(n, np.int32(-1))
-        for i in range(lane, n, lanes):
-            end = optr[i]
+        place = np.full(n, np.int32(-1))
+        for i in _turns(lane, lanes, 0, n):
+            end = room[i]
             for a in range(k2):
                 for p in range(indptr[near[i, a]], indptr[near[i, a] + 1]):
                     c = indices[p]
-                    if seen[c] != i:
-                        seen[c], place[c] = i, end
-                        if fill: cols[end], vals[end] = c, 0.
+                    if place[c] < room[i]:
+                        place[c] = end
+                        cols[end], vals[end] = c, 0.
                         end += 1
-                    if fill: vals[place[c]] += data[p] / k2
-            counts[i] = end - optr[i]
+                    vals[place[c]] += data[p] / k2
+            counts[i] = end - room[i]
+
+@inlined
+def _close_gaps(room, indptr, cols, vals):
+    for i in range(len(indptr) - 1):
+        for p in range(indptr[i+1] - indptr[i]): cols[indptr[i] + p], vals[indptr[i] + p] = cols[room[i] + p], vals[room[i] + p]
 
 def local_expansion(
     V:csr_array, # `[N, N]` weights
@@ -139,10 +152,16 @@ def local_expansion(
     k2:int, # how many of them are averaged
 ) -> csr_array: # `[N, N]`, rows sum to 1
     "Mean of the weight vectors of the first k2 neighbours (Zhong et al. 2017, eq. 9)."
-    k2 = min(k2, neighbours.shape[1])
-    if k2 == 1 or len(neighbours) == 0: return V
-    indptr, cols, vals = _two_passes(_expansion, len(neighbours), (np.int32, np.float64), np.ascontiguousarray(neighbours, np.int32), k2, *_csr(V))
-    return csr_array((vals, cols, indptr), shape=V.shape)
+    n, k2 = len(neighbours), min(k2, neighbours.shape[1])
+    if k2 == 1 or n == 0: return V
+    near, parts, counts = np.ascontiguousarray(neighbours, np.int32), _csr(V), np.empty(n, np.int64)
+    room = np.r_[0, np.cumsum(np.diff(parts[0])[near[:, :k2]].sum(1))]
+    if room[-1] >= 2**31: raise ValueError(f"{n} rows with k2={k2} make {room[-1]} weights, more than 2**31; take a smaller k2")
+    cols, vals = np.full(room[-1], 0, np.int32), np.full(room[-1], 0.) # filled: memory that is touched in order is mapped in large pages
+    _expansion(near, k2, numba.get_num_threads(), *parts, room, cols, vals, counts)
+    indptr = np.r_[0, np.cumsum(counts)]
+    _close_gaps(room, indptr, cols, vals)
+    return _matrix(vals[:indptr[-1]], cols[:indptr[-1]], indptr)
 
 # %% ../nbs/29_jaccard.ipynb #6df28566
 HEADROOM = .05 # delta: the overlap that a row must show within the heavy columns before it gets a closer look
@@ -182,19 +201,20 @@ def _index(indptr, cols, vals, lanes, start, rows, weight):
 
 # %% ../nbs/29_jaccard.ipynb #4adb49f7
 @inlined
-def _shared(cols, vals, dense):
+def _shared(cols, vals, where, v):
     m = 0.
-    for p in range(len(cols)): m += min(vals[p], dense[cols[p]])
+    for p in range(len(cols)):
+        if where[cols[p]] >= 0: m += min(vals[p], v[where[cols[p]]])
     return m
 
 @compiled
 def _overlap(begin, lanes, indptr, cols, vals, start, rows, weight, eps, headroom, near, dist, counts):
     n, least, room = len(indptr) - 1, 2 * (1 - eps) / (2 - eps), near.shape[1]
     for lane in numba.prange(lanes):
-        dense, part, met, order = np.zeros(n), np.zeros(n, np.float32), np.empty(n + 1, np.uint32), np.empty(n, np.int32)
-        for i in range(begin + lane, begin + len(near), lanes):
+        where, part, met, order = np.full(n, np.int32(-1)), np.zeros(n, np.float32), np.empty(n + 1, np.uint32), np.empty(n, np.int32)
+        for i in _turns(lane, lanes, begin, begin + len(near)):
             mine, v, found, kept = cols[indptr[i]:indptr[i+1]], vals[indptr[i]:indptr[i+1]], np.uint64(0), 0
-            for p in range(len(mine)): dense[mine[p]] = v[p]
+            for p in range(len(mine)): where[mine[p]] = p
             me = np.uint32(i)
             used, mass = _heavy(v, v.sum() - least + headroom, order)
             for u in range(used):
@@ -210,14 +230,14 @@ def _overlap(begin, lanes, indptr, cols, vals, start, rows, weight, eps, headroo
             for t in range(found):
                 j = met[t]
                 if part[j] >= enough:
-                    m = _shared(cols[indptr[j]:indptr[j+1]], vals[indptr[j]:indptr[j+1]], dense)
+                    m = _shared(cols[indptr[j]:indptr[j+1]], vals[indptr[j]:indptr[j+1]], where, v)
                     d = max(0., 1 - m / (2 - m))
                     if d <= eps:
                         if kept < room: near[i-begin, kept], dist[i-begin, kept] = j, d
                         kept += 1
                 part[j] = 0
             counts[i-begin] = kept
-            for p in range(len(mine)): dense[mine[p]] = 0
+            for p in range(len(mine)): where[mine[p]] = -1
 
 # %% ../nbs/29_jaccard.ipynb #b5a62b73
 def overlap_graph(
@@ -228,7 +248,7 @@ def overlap_graph(
     if not eps < 1: raise ValueError(f"eps must be below 1, the distance of rows that share nothing, got {eps}")
     if V.shape[0] == 0: return csr_array((0, 0))
     n, lanes, parts = V.shape[0], numba.get_num_threads(), _csr(V)
-    start, pairs = np.r_[0, np.cumsum(_sizes(n, parts[1]))], np.empty((V.nnz, 2), np.uint32)
+    start, pairs = np.r_[0, np.cumsum(_sizes(n, parts[1]))], np.full((V.nnz, 2), 0, np.uint32)
     index = start, pairs, pairs.view(np.float32)
     _index(*parts, lanes, *index)
     found, room, begin = [], 16, 0
