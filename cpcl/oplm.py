@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from .core import UserError, check_features, check_labels, progress
-from .knn import pair_dots
+from .pairs import pair_dots
 
 # %% ../nbs/32_oplm.ipynb #6f186b02
 @dataclass(frozen=True)
