@@ -80,15 +80,6 @@ def _expand(recip, half, lanes, indptr, indices, counts):
             counts[i] = total
             if fill: indices[indptr[i]:indptr[i] + total] = out[:total]
 
-def _two_passes(kernel, n, dtypes, *args):
-    "Run a kernel that counts, make room, and run it again to fill; the parts of a CSR matrix."
-    counts, indptr, lanes = np.zeros(n, np.int64), np.zeros(n + 1, np.int64), numba.get_num_threads()
-    kernel(*args, lanes, indptr, *(np.empty(0, t) for t in dtypes), counts)
-    np.cumsum(counts, out=indptr[1:])
-    filled = [np.empty(indptr[-1], t) for t in dtypes]
-    kernel(*args, lanes, indptr, *filled, counts)
-    return indptr, *filled
-
 def _matrix(data, indices, indptr): # int32 pointers while they last: else SciPy would copy the indices
     return csr_array((data, indices, indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr), shape=(len(indptr) - 1,) * 2)
 
@@ -100,7 +91,11 @@ def expanded_sets(
     half:np.ndarray, # int32 `[N, h]`, `reciprocal(neighbours, half_width(k1))`
 ) -> csr_array: # `[N, N]`, ones where column j is in the expanded set of row i; the row's own reciprocal neighbours first
     "Reciprocal sets widened by the half sets that mostly lie in them (Zhong et al. 2017, eq. 4)."
-    indptr, indices = _two_passes(_expand, len(recip), (np.int32,), recip, half)
+    counts, indptr, lanes = np.zeros(len(recip), np.int64), np.zeros(len(recip) + 1, np.int64), numba.get_num_threads()
+    _expand(recip, half, lanes, indptr, np.empty(0, np.int32), counts) # counts only
+    np.cumsum(counts, out=indptr[1:])
+    indices = np.empty(indptr[-1], np.int32)
+    _expand(recip, half, lanes, indptr, indices, counts)
     return _matrix(np.ones(len(indices), np.int8), indices, indptr)
 
 # %% ../nbs/29_jaccard.ipynb #fb1249ff
