@@ -56,6 +56,9 @@ class LabelConfig:
     caption:ClusterConfig = ClusterConfig(min_samples=4) # clustering of the captions
     unit:typing.Literal["image", "pair"] = "image" # cluster unique images, or one row a pair as the published counting does
     oplm:OPLMConfig = OPLMConfig() # outlier pseudo label mining
+    mates:int = 1 # captions of an image cluster that stand together in a batch; 1: chance alone
+    def __post_init__(self):
+        if self.mates < 1: raise UserError(f"labels.mates must be 1 (no mates) or more, got {self.mates}")
 
 @dataclass(frozen=True)
 class MemoryConfig:
@@ -86,7 +89,7 @@ PRESETS = {
     "cluster-contrast": {"labels.oplm.stages": "none", "hcm.pcm": "single"},
     "icpg": {"labels.source": "image", "labels.oplm.stages": "none", "hcm.pcm": "none", "hcm.match": "pseudo", "hcm.chm": 1.},
     "cpcl": {},
-    "supervised": {"labels.source": "person", "labels.oplm.stages": "none", "hcm.match": "pseudo"},
+    "supervised": {"labels.source": "person", "labels.oplm.stages": "none", "labels.mates": 2, "hcm.match": "pseudo"},
 }
 
 # %% ../nbs/64_config.ipynb #8c7da9ea

@@ -22,6 +22,7 @@ class HCMConfig:
     lam:float=1. # weight of PCM, 0 or more
     beta:float=0. # weight of InfoNCE on the pairs, 0 or more
     tau_itc:float=.02 # temperature of InfoNCE, above 0
+    itc_matches:Literal["out", "wrong"]="out" # what InfoNCE makes of a match that is not the own pair: leave it out, or call it wrong
     pcm:Literal["both", "single", "cross", "none"]="both" # which prototypes a feature meets: its own modality's, the other's, both
     match:Literal["pairs", "pseudo"]="pairs" # ICPM's matches: the same image, or also the same image cluster
     kl:Literal["reverse", "forward"]="reverse" # direction of ICPM's divergence
@@ -30,7 +31,7 @@ class HCMConfig:
     margin:float=.3 # cosine by which the own pair must lead in CHM, 0..2
 
     def __post_init__(self):
-        for name, choices in (("pcm", ("both", "single", "cross", "none")), ("match", ("pairs", "pseudo")), ("kl", ("reverse", "forward"))):
+        for name, choices in (("pcm", ("both", "single", "cross", "none")), ("match", ("pairs", "pseudo")), ("kl", ("reverse", "forward")), ("itc_matches", ("out", "wrong"))):
             if getattr(self, name) not in choices: raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("tau_p", "tau_i", "tau_itc"):
             if not 0 < getattr(self, name) < math.inf: raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -77,7 +78,7 @@ def hcm_loss(
     if cfg.lam and cfg.pcm != "none":
         terms = pcm_terms(img, txt, y_v, y_t, protos_v, protos_t, cfg.pcm, cfg.tau_p)
         _add("pcm", cfg.lam, sum(terms.values()) / len(terms)); parts.update(terms)
-    if cfg.beta: _add("itc", cfg.beta, itc(img, txt, tau=cfg.tau_itc))
+    if cfg.beta: _add("itc", cfg.beta, itc(img, txt, match if cfg.itc_matches == "out" else None, cfg.tau_itc))
     if chm: _add("chm", chm, chm_term(img, txt, match, cfg.margin))
     if not weighted: raise ValueError(f"nothing to train: every weight is 0 (chm={chm}, {cfg})")
     loss = sum(weighted)

@@ -223,10 +223,21 @@ def epoch_order(
     m:int, # captions
     seed:int, # of the run
     epoch:int, # from 0
+    groups=None, # int64 `[m]`, the group of each caption, -1 = none; None: no groups
+    mates:int=1, # captions of a group that follow one another, 1 or more
 ) -> np.ndarray: # int64 `[m]`, a permutation
-    "The order in which an epoch visits the captions (ours)."
-    return keyed_rng(seed, epoch).permutation(m)
+    "The order in which an epoch visits the captions (ours; mates after Hermans et al. 2017)."
+    order = keyed_rng(seed, epoch).permutation(m)
+    if mates == 1 or groups is None: return order
+    group = np.asarray(groups)[order]
+    group = np.where(group < 0, m + np.arange(m), group)           # whoever has no group stands alone
+    by = np.argsort(group, kind="stable")                          # places in the permutation, group by group
+    begins = np.r_[True, np.diff(group[by]) != 0][:m]
+    inside = np.arange(m) - np.maximum.accumulate(np.where(begins, np.arange(m), 0))
+    leader = by[np.arange(m) - inside % mates]                     # every handful stands where its first would stand
+    return order[by[np.lexsort((inside, leader))]]
 
+# %% ../nbs/14_loader.ipynb #1546d70b
 def _loader(data, batch_size, workers, order=None):
     if batch_size < 1: raise UserError(f"the batch size must be at least 1, got {batch_size}")
     return DataLoader(data, batch_size, sampler=None if order is None else order.tolist(), num_workers=workers, collate_fn=collate,
@@ -258,10 +269,12 @@ def global_batches(
     batch_size:int, # pairs a step, over all processes together
     seed:int, # of the run
     epoch:int, # from 0
+    groups=None, # as in `epoch_order`
+    mates:int=1, # as in `epoch_order`
 ) -> list: # lists of caption rows; the last may be short
     "An epoch's batches, the same for any number of processes (ours)."
     if batch_size < 1: raise UserError(f"the batch size must be at least 1, got {batch_size}")
-    order = epoch_order(m, seed, epoch).tolist()
+    order = epoch_order(m, seed, epoch, groups, mates).tolist()
     return [order[i:i + batch_size] for i in range(0, m, batch_size)]
 
 def share_of(
@@ -286,8 +299,10 @@ def pair_loader(
     context_length:int=77, # places of the text tower
     rank:int=0, # this process, 0..world-1
     world:int=1, # processes that share each batch
+    groups=None, # int64 `[M]`, the group of each caption, -1 = none
+    mates:int=1, # captions of a group that stand together
 ) -> DataLoader: # batches of `image`, `tokens`, `image_row`, `caption_row`
     "One training epoch: each caption once with its image, without a person (method.md, 4 and 5)."
     data = PairRows(split, size, augment, seed, epoch, cache, context_length)
-    shares = [share_of(b, rank, world) for b in global_batches(len(data), batch_size, seed, epoch)]
+    shares = [share_of(b, rank, world) for b in global_batches(len(data), batch_size, seed, epoch, groups, mates)]
     return DataLoader(data, batch_sampler=shares, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), generator=torch.Generator())

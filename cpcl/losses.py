@@ -81,13 +81,12 @@ def icpm(
 def itc(
     img, # `[B, D]` image features, row r belongs to pair r
     txt, # `[B, D]` caption features
-    image_row=None, # `[B]` int tensor a(j): other pairs of the same image are left out; None: they count as wrong (plain InfoNCE)
+    match=None, # `[B, B]` bool from `match_matrix`: matches other than the own pair are left out; None: they count as wrong (plain InfoNCE)
     tau:float=.02, # temperature, above 0
 ): # scalar, the mean of both directions
     "InfoNCE on the pairs, the mean of both directions (CLIP; InfoNCE; the left-out repeats are ours)."
     scores, own = logits(img, txt, tau), torch.arange(len(img), device=img.device)
-    if image_row is not None:
-        scores = scores.masked_fill(match_matrix(image_row) & (own[:, None] != own), -torch.inf)
+    if match is not None: scores = scores.masked_fill(match & (own[:, None] != own), -torch.inf)
     return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
 # %% ../nbs/50_losses.ipynb #ebde4c4e

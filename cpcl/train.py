@@ -155,7 +155,8 @@ def fit(
     for epoch in range(start, cfg.optim.epochs):
         watch = Stopwatch()
         memories, row = _look(cfg, encoder, train, pixels, workers, truth, quality, watch, say if main else None)
-        loader = pair_loader(train, encoder.image_size, cfg.optim.batch_size, cfg.augment, cfg.seed, epoch, workers=workers, cache=pixels, **share(accelerator))
+        loader = pair_loader(train, encoder.image_size, cfg.optim.batch_size, cfg.augment, cfg.seed, epoch, workers=workers, cache=pixels,
+            groups=memories.y_img.cpu().numpy()[train.image_of], mates=cfg.labels.mates, **share(accelerator))
         with watch("steps"): row |= train_epoch(model, optimizer, loader, memories, cfg, accelerator, epoch, log)
         with watch("val"): row |= validate(encoder) if validate else {}
         score = row.get("val_mAP")
