@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCH', 'ONE_THREAD', 'Spec', 'fingerprint', 'answers', 'make_record', 'query_scores', 'bench_set', 'run_one',
-           'run_missing', 'seed_table', 'mean_table', 'difference']
+           'run_missing', 'run_notebook', 'seed_table', 'mean_table', 'val_table', 'difference', 'gap_closed']
 
 # %% ../nbs/74_ablate.ipynb #54a83053
 import hashlib, json, os, shutil, time
@@ -160,6 +160,30 @@ def run_missing(
         say(f"{done}/{len(todo)} {s.name} seed {s.seed}: R1 {r['R1']:.2f} mAP {r['mAP']:.2f}, {record['seconds']:.0f} s; about {left / 60:.0f} min left", flush=True)
     return [find(c) | {"spec": asdict(s)} for s, c in zip(specs, cfgs)]
 
+# %% ../nbs/74_ablate.ipynb #07be0d4e
+def run_notebook(
+    notebook, # a path, or the name of a notebook in nbs/ablations
+    say=print, # where its lines go
+) -> Path: # the notebook, executed in place
+    "Train what a notebook has no record of and show its lines; raises UserError (nbclient)."
+    try: import nbformat, nbclient
+    except ImportError: raise UserError("to run a notebook, install nbclient (it comes with jupyterlab)") from None
+    class Live(nbclient.NotebookClient):
+        def output(self, outs, msg, display_id, cell_index):
+            if msg["msg_type"] == "stream" and msg["content"]["name"] == "stdout": say(msg["content"]["text"], end="", flush=True)
+            return super().output(outs, msg, display_id, cell_index)
+    tries = [Path(notebook), (repo_root() or Path("."))/"nbs"/"ablations"/f"{Path(notebook).stem}.ipynb"]
+    path = next((p for p in tries if p.is_file()), None)
+    if path is None: raise UserError(f"no notebook {notebook}; there are: {', '.join(sorted(p.stem for p in tries[1].parent.glob('*.ipynb'))) or 'none here'}")
+    nb = nbformat.read(path, 4)
+    client = Live(nb, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    with mock.patch.dict(os.environ, {"CPCL_RUN": "1"}):
+        try: client.execute()
+        except nbclient.exceptions.CellExecutionError as e: raise UserError(f"{path.name} stopped at {e.ename}: {e.evalue}") from e
+    nb.metadata.pop("language_info", None); nb.metadata.pop("widgets", None)
+    with atomic_path(path) as tmp: nbformat.write(nb, tmp)
+    return path
+
 # %% ../nbs/74_ablate.ipynb #8aba9a0c
 def seed_table(
     records:list, # what `run_missing` gave
@@ -179,6 +203,18 @@ def mean_table(
     mean, deviation = groups.mean(), groups.std()
     return pd.DataFrame({m: [f"{a:.2f} ± {b:.2f}" for a, b in zip(mean[m], deviation[m])] for m in METRICS}, index=mean.index)
 
+# %% ../nbs/74_ablate.ipynb #6af7d752
+def val_table(
+    records:list, # what `run_missing` gave
+    base:str="", # name of the row that the others are compared with; the first if empty
+) -> pd.DataFrame: # a row a method: val R1 and mAP of the last epoch, mean over seeds, and the difference to the base
+    "What a choice of settings may look at (ours)."
+    rows = pd.DataFrame([{"method": r["spec"]["label"] or r["spec"]["preset"], "R1": r["history"][-1]["val_R1"], "mAP": r["history"][-1]["val_mAP"]} for r in records])
+    seed_table(records) # refuses to mix devices
+    mean = rows.groupby("method", sort=False).mean()
+    away = mean - mean.loc[base or mean.index[0]]
+    return mean.assign(seeds=rows.groupby("method", sort=False).size(), **{f"{m} - base": away[m] for m in ("R1", "mAP")}).round(2)
+
 # %% ../nbs/74_ablate.ipynb #2437fc2f
 def difference(
     records:list, # what `run_missing` gave
@@ -192,3 +228,17 @@ def difference(
     if not seeds or seeds != sorted(by[other]): raise ValueError(f"{base} has seeds {seeds}, {other} has {sorted(by[other])}: a pair needs the same")
     found = paired_bootstrap([by[base][s] for s in seeds], [by[other][s] for s in seeds], query_person)
     return pd.DataFrame({m: dict(zip(("difference", "low", "high"), v)) for m, v in found.items()}).T
+
+# %% ../nbs/74_ablate.ipynb #03cc81b9
+def gap_closed(
+    records:list, # what `run_missing` gave, with the three methods
+    query_person, # int64 `[Q]`, whom each query speaks of
+    base:str="clip", # 0
+    other:str="cpcl", # the method in question
+    bound:str="supervised", # 1
+) -> pd.DataFrame: # a row a metric: base, other, bound (means over seeds), difference with low and high, s
+    "The share of the way from the base to the bound that a method goes, on test, last epoch (ours)."
+    mean = seed_table(records).groupby("method")[list(METRICS)].mean().T[[base, other, bound]]
+    found = mean.join(difference(records, base, other, query_person))
+    way = (mean[bound] - mean[base]).where(mean[bound] > mean[base])
+    return found.assign(s=found.difference / way)

@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'IMAGE_MIN_SAMPLES', 'SMALL_SET', 'SMALL_CLUSTERS', 'SCHEDULES', 'OptimConfig', 'learning_rate',
-           'LabelConfig', 'MemoryConfig', 'TrainConfig', 'override', 'data_settings', 'make_config', 'config_dict',
-           'config_from']
+           'MemoryConfig', 'TrainConfig', 'override', 'data_settings', 'make_config', 'config_dict', 'config_from']
 
 # %% ../nbs/64_config.ipynb #5e30b8eb
 import dataclasses, math, types, typing
 from dataclasses import dataclass, replace
 
-from .cluster import ClusterConfig
 from .core import UserError
 from .encoder import EncoderConfig
 from .hcm import HCMConfig
+from .labels import LabelConfig
 from .loader import AugmentConfig
-from .oplm import OPLMConfig
 
 # %% ../nbs/64_config.ipynb #95690ba7
 @dataclass(frozen=True)
@@ -48,18 +46,6 @@ def learning_rate(
     return .5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 # %% ../nbs/64_config.ipynb #9c90cebe
-@dataclass(frozen=True)
-class LabelConfig:
-    "Where an epoch's labels come from (paper section 3.2; sources beyond `clusters` are the baselines')."
-    source:typing.Literal["none", "clusters", "image", "person"] = "clusters" # none; each modality's clusters; image clusters for both; true people
-    image:ClusterConfig = ClusterConfig(min_samples=2) # clustering of the images
-    caption:ClusterConfig = ClusterConfig(min_samples=4) # clustering of the captions
-    unit:typing.Literal["image", "pair"] = "image" # cluster unique images, or one row a pair as the published counting does
-    oplm:OPLMConfig = OPLMConfig() # outlier pseudo label mining
-    mates:int = 1 # captions of an image cluster that stand together in a batch; 1: chance alone
-    def __post_init__(self):
-        if self.mates < 1: raise UserError(f"labels.mates must be 1 (no mates) or more, got {self.mates}")
-
 @dataclass(frozen=True)
 class MemoryConfig:
     "The prototype memory (paper section 3.3)."
