@@ -170,6 +170,7 @@ def run_notebook(
     except ImportError: raise UserError("to run a notebook, install nbclient (it comes with jupyterlab)") from None
     class Live(nbclient.NotebookClient):
         def output(self, outs, msg, display_id, cell_index):
+            "Pass on what a cell prints, as it comes."
             if msg["msg_type"] == "stream" and msg["content"]["name"] == "stdout": say(msg["content"]["text"], end="", flush=True)
             return super().output(outs, msg, display_id, cell_index)
     tries = [Path(notebook), (repo_root() or Path("."))/"nbs"/"ablations"/f"{Path(notebook).stem}.ipynb"]

@@ -188,6 +188,7 @@ class Convert:
         print(f"wrote {convert(self.file, self.out or None)}; use it with --pretrained")
         return 0
 
+# %% ../nbs/90_cli.ipynb #0fbec754
 @dataclass
 class Demo:
     "Train clip and cpcl on the sample set and print the table (minutes, no GPU)."
