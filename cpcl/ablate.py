@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BENCH', 'ONE_THREAD', 'Spec', 'fingerprint', 'answers', 'make_record', 'query_scores', 'bench_set', 'run_one',
-           'run_missing', 'run_notebook', 'seed_table', 'mean_table', 'val_table', 'difference', 'gap_closed']
+           'run_missing', 'run_notebook', 'seed_table', 'mean_table', 'val_table', 'seed_plot', 'difference', 'against',
+           'gap_closed']
 
 # %% ../nbs/74_ablate.ipynb #54a83053
 import hashlib, json, os, shutil, time
@@ -15,6 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -76,7 +78,7 @@ def make_record(
     tidy = lambda row: {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items() if k != "seconds"}
     history = read_history(run)
     return dict(spec=asdict(spec), data=fingerprint(root), config=config_dict(read_config(run)), result=result, history=[tidy(r) for r in history],
-        queries=dict(first=scores.first.tolist(), ap=np.round(scores.ap, 5).tolist(), inp=np.round(scores.inp, 5).tolist()),
+        queries=dict(first=scores.first.tolist(), ap=np.round(scores.ap, 4).tolist(), inp=np.round(scores.inp, 4).tolist()),
         stages=pd.DataFrame([r["seconds"] for r in history]).sum().round(1).to_dict(), seconds=round(seconds, 1), memory=peak_memory(), environment=environment())
 
 def query_scores(
@@ -87,7 +89,7 @@ def query_scores(
     return QueryScores(q["first"], q["ap"], q["inp"], q["first"] > 0)
 
 # %% ../nbs/74_ablate.ipynb #85c5bfdb
-BENCH = dict(people=1000, seed=1000, splits=(700, 100, 200), shots=(2, 4))
+BENCH = dict(people=1000, seed=1000, style="town", splits=(700, 100, 200), shots=(3, 5))
 
 def bench_set(
     folder=None, # where it lies or shall lie; data/synth-1k of the checkout if not given
@@ -98,7 +100,7 @@ def bench_set(
     folder = Path(folder) if folder else (repo_root() or Path("."))/"data"/("synth-1k" if how["seed"] == BENCH["seed"] else f"synth-1k-{how['seed']}")
     if not (folder/"synth.json").is_file() or not has_split(folder, None, "test"): return write_synth(folder, **how)
     found = json.loads((folder/"synth.json").read_text())
-    world = SynthWorld(how["people"], how["seed"], "street", how["shots"])
+    world = SynthWorld(how["people"], how["seed"], how["style"], how["shots"])
     if found["checksum"] != checksum(world): raise UserError(f"{folder} holds another synthetic set (seed {found['seed']}, {found['people']} people, version {found['version']}); remove it and it will be drawn anew")
     return folder
 
@@ -208,13 +210,31 @@ def mean_table(
 def val_table(
     records:list, # what `run_missing` gave
     base:str="", # name of the row that the others are compared with; the first if empty
-) -> pd.DataFrame: # a row a method: val R1 and mAP of the last epoch, mean over seeds, and the difference to the base
+) -> pd.DataFrame: # a row a method: val R1 and mAP of the last epoch, mean over seeds, and the difference to the base over the seeds that both have
     "What a choice of settings may look at (ours)."
-    rows = pd.DataFrame([{"method": r["spec"]["label"] or r["spec"]["preset"], "R1": r["history"][-1]["val_R1"], "mAP": r["history"][-1]["val_mAP"]} for r in records])
-    seed_table(records) # refuses to mix devices
-    mean = rows.groupby("method", sort=False).mean()
-    away = mean - mean.loc[base or mean.index[0]]
-    return mean.assign(seeds=rows.groupby("method", sort=False).size(), **{f"{m} - base": away[m] for m in ("R1", "mAP")}).round(2)
+    names = list(seed_table(records).method) # refuses to mix devices
+    rows = pd.DataFrame([(n, r["spec"]["seed"], r["history"][-1]["val_R1"], r["history"][-1]["val_mAP"]) for n, r in zip(names, records)], columns=["method", "seed", "R1", "mAP"])
+    own = rows[rows.method == (base or names[0])].set_index("seed")[["R1", "mAP"]]
+    for m in own: rows[f"{m} - base"] = rows[m] - rows.seed.map(own[m])
+    groups = rows.groupby("method", sort=False)
+    return groups[["R1", "mAP"]].mean().assign(seeds=groups.size(), **{c: groups[c].mean() for c in ("R1 - base", "mAP - base")}).round(2)
+
+# %% ../nbs/74_ablate.ipynb #c9eba1c5
+def seed_plot(
+    records:list, # what `run_missing` gave
+    metrics:tuple=("R1", "mAP"), # a panel each
+): # the figure
+    "Every run as a dot, every method's mean as a line (ours)."
+    table = seed_table(records); names = list(dict.fromkeys(table.method))
+    fig, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), .8 + .26 * len(names)), sharey=True, layout="constrained")
+    for ax, m in zip(np.atleast_1d(axes), metrics):
+        for i, n in enumerate(names):
+            own = table[table.method == n]
+            ax.scatter(own[m], [i] * len(own), s=14, c=[f"C{s}" for s in own.seed], alpha=.85)
+            ax.plot([own[m].mean()] * 2, [i - .35, i + .35], color="k", lw=1.2)
+        ax.set_xlabel(f"{m}, %"); ax.grid(axis="x", alpha=.3)
+    ax.set_yticks(range(len(names)), names); ax.invert_yaxis()
+    return fig
 
 # %% ../nbs/74_ablate.ipynb #2437fc2f
 def difference(
@@ -229,6 +249,24 @@ def difference(
     if not seeds or seeds != sorted(by[other]): raise ValueError(f"{base} has seeds {seeds}, {other} has {sorted(by[other])}: a pair needs the same")
     found = paired_bootstrap([by[base][s] for s in seeds], [by[other][s] for s in seeds], query_person)
     return pd.DataFrame({m: dict(zip(("difference", "low", "high"), v)) for m, v in found.items()}).T
+
+# %% ../nbs/74_ablate.ipynb #5ee0e78f
+def against(
+    records:list, # what `run_missing` gave
+    base:str, # name of the method compared with
+    query_person, # int64 `[Q]`, whom each query speaks of
+    metrics:tuple=("R1", "mAP"), # columns
+) -> pd.DataFrame: # a row a method: seeds in common with the base, and "+1.23 (+0.45 to +2.01)" a metric
+    "Every method's paired difference to one of them, with its interval over people (ours)."
+    name = lambda r: r["spec"]["label"] or r["spec"]["preset"]
+    seeds = {n: {r["spec"]["seed"] for r in records if name(r) == n} for n in dict.fromkeys(map(name, records))}
+    rows = {}
+    for n in seeds:
+        common = seeds[n] & seeds[base]
+        if n == base or not common: continue
+        d = difference([r for r in records if r["spec"]["seed"] in common], base, n, query_person)
+        rows[n] = {"seeds": len(common)} | {m: f"{d.difference[m]:+.2f} ({d.low[m]:+.2f} to {d.high[m]:+.2f})" for m in metrics}
+    return pd.DataFrame(rows).T
 
 # %% ../nbs/74_ablate.ipynb #03cc81b9
 def gap_closed(

@@ -45,7 +45,7 @@ class Train:
     preset: Literal["cpcl", "clip", "clip-itc", "cluster-contrast", "icpg", "supervised"] = "cpcl" # the method
     model: str = "tiny" # tiny, or an open_clip name such as ViT-B-16-quickgelu
     pretrained: str = "" # weights: an open_clip tag such as openai, or a file; empty: those of the tiny CLIP
-    schedule: Literal["auto", "tiny", "paper"] = "auto" # learning rate and epochs; auto: tiny for the tiny CLIP, else the paper's
+    schedule: Literal["auto", "tiny", "bench", "paper"] = "auto" # learning rate and epochs; auto: tiny for the tiny CLIP, else the paper's; bench: the ablations'
     out: str = "" # run folder; empty: the next free one below runs/
     seed: int = 0 # of order, augmentation and initialisation
     resume: bool = False # go on with the run in --out from its last whole epoch
@@ -134,12 +134,13 @@ class Synth:
     people: int = 1000 # how many people
     seed: int = 0 # same seed, same people, captions and pixels
     layout: Literal["cuhk-pedes", "icfg-pedes", "rstpreid"] = "cuhk-pedes" # whose annotation format
-    style: Literal["street", "studio"] = "street" # street: the benchmark domain; studio: what the tiny CLIP was pre-trained on
+    style: Literal["street", "town", "studio"] = "street" # street: the sample set's domain; town: the bench set's; studio: what the tiny CLIP was pre-trained on
+    shots: tuple[int, int] = (2, 5) # fewest and most images a person; rstpreid has 5
 
     def run(self) -> int:
         "Write it and say what to do next."
         from cpcl.synth import write_synth
-        root = write_synth(self.out, people=self.people, seed=self.seed, layout=self.layout, style=self.style)
+        root = write_synth(self.out, people=self.people, seed=self.seed, layout=self.layout, style=self.style, shots=self.shots)
         print(f"wrote {root}\nnext: cpcl doctor {root}\n      cpcl train --root {root}")
         return 0
 

@@ -122,7 +122,7 @@ def override(
 # %% ../nbs/64_config.ipynb #f50c4220
 IMAGE_MIN_SAMPLES = {"cuhk-pedes": 2, "rstpreid": 3, "icfg-pedes": 4, "own": 2}
 SMALL_SET = 5000 # images
-SMALL_CLUSTERS = {"labels.image.k1": 6, "labels.caption.k1": 6, "labels.image.eps": .5, "labels.caption.eps": .5, "labels.caption.min_samples": 2}
+SMALL_CLUSTERS = {"labels.image.k1": 6, "labels.image.k2": 2, "labels.image.eps": .5, "labels.caption.k1": 12, "labels.caption.k2": 4, "labels.caption.eps": .5, "labels.caption.min_samples": 4}
 
 def data_settings(
     name:str, # the data set's name
@@ -136,6 +136,7 @@ def data_settings(
 SCHEDULES = {
     "paper": {},
     "tiny": {"optim.lr": 1e-3, "optim.epochs": 8, "optim.warmup": 1, "hcm.beta": 1.},
+    "bench": {"optim.lr": 1e-3, "optim.epochs": 3, "optim.warmup": 1, "hcm.beta": 1., "hcm.lam": 3.},
 }
 
 def make_config(

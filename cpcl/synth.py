@@ -18,6 +18,7 @@ from .core import UserError, atomic_path, keyed_rng, progress
 from .camera import STREET_CAMERAS, picture, studio_camera
 from .people import STREET, STUDIO, Look, Person, draw_person, draw_shot, twin
 from .phrases import STREET_ANNOTATORS, STREET_WORDS, STUDIO_ANNOTATORS, STUDIO_WORDS, caption
+from .town import TOWN, TOWN_ANNOTATORS, TOWN_CAMERAS, TOWN_WORDS
 
 # %% ../nbs/12_synth.ipynb #802d0af6
 @dataclass(frozen=True, eq=False)
@@ -28,9 +29,12 @@ class Style:
     cameras:tuple     # of Camera, six or more
     annotators:tuple  # of Annotator, six or more
     words:dict        # thing -> synonyms
+    through:bool=True # annotators name colours as the camera shows them; False: as the cloth is
+    twins:int=6       # one person in so many is the look-alike of the one before, 2 or more
 
 STYLES = {"street": Style("street", STREET, STREET_CAMERAS, STREET_ANNOTATORS, STREET_WORDS),
-          "studio": Style("studio", STUDIO, tuple(studio_camera(i) for i in range(60)), STUDIO_ANNOTATORS, STUDIO_WORDS)}
+          "studio": Style("studio", STUDIO, tuple(studio_camera(i) for i in range(60)), STUDIO_ANNOTATORS, STUDIO_WORDS),
+          "town": Style("town", TOWN, TOWN_CAMERAS, TOWN_ANNOTATORS, TOWN_WORDS, False, 10)}
 
 # %% ../nbs/12_synth.ipynb #927a6254
 SYNTH_VERSION = 1
@@ -52,7 +56,7 @@ class SynthWorld:
         self.people:list[Person] = []; self.shots = []
         for i in range(people):
             rng = self._rng(0, i); look = self.style.look
-            self.people.append(twin(rng, self.people[-1], look) if i % 6 == 5 else draw_person(rng, look))
+            self.people.append(twin(rng, self.people[-1], look) if i % self.style.twins == self.style.twins - 1 else draw_person(rng, look))
             cameras = rng.permutation(len(self.style.cameras))[:rng.integers(shots[0], shots[1] + 1)]
             self.shots += [(i, int(c)) for c in cameras]
         self.person, self.camera = np.array(self.shots, np.int64).T.copy()
@@ -70,7 +74,8 @@ class SynthWorld:
         "The captions of one row, each by another annotator (ours)."
         i, c = self.shots[row]; rng, s = self._rng(3, i, c), self.style
         who = rng.permutation(len(s.annotators))[:self.captions_per_image]
-        return [caption(self.people[i], self.moment(row), s.cameras[c].colour, s.look, s.words, s.annotators[k], rng) for k in who]
+        colour = s.cameras[c].colour if s.through else lambda rgb, light: rgb
+        return [caption(self.people[i], self.moment(row), colour, s.look, s.words, s.annotators[k], rng) for k in who]
 
 # %% ../nbs/12_synth.ipynb #4f6dff6a
 def checksum(

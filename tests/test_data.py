@@ -160,3 +160,10 @@ def test_every_layout_reads_the_same_facts(tmp_path):
             seen.add(tuple((s.images, s.captions, tuple(s.image_of), tuple(load_person(s) - first)) for s in got))
             assert doctor(root).ok
     assert len(seen) == 1
+
+def test_the_bench_set_is_frozen():
+    "Captions, attributes and pixels of synth-1k, on which records rest; who changes them raises SYNTH_VERSION and runs everything again."
+    from cpcl.ablate import BENCH
+    from cpcl.synth import SYNTH_VERSION, SynthWorld, checksum
+    assert (SYNTH_VERSION, BENCH) == (1, dict(people=1000, seed=1000, style="town", splits=(700, 100, 200), shots=(3, 5)))
+    assert checksum(SynthWorld(1000, 1000, "town", (3, 5))) == "084cc1b9b064fb461ce6ea3288390f6a845b08328994d449aa8e0c1432acadb3"
