@@ -55,7 +55,7 @@ def _frame(ax, image, colour, title="", below="", dashed=False):
 def ranked_lists(
     queries:list[str], # Q captions
     images:list, # Q lists of PIL images or arrays `[H, W, 3]`, best first; lists may differ in length
-    right:list, # Q lists of bool, one per image
+    right:list=None, # Q lists of bool, one per image; None where nobody knows
     scores:list=None, # Q lists of similarities to print below; None prints none
     height:float=1.7, # of a row, inches
     axes=None, # `[Q, 1 + longest list]` to draw on; None makes a figure
@@ -68,9 +68,9 @@ def ranked_lists(
     axes = _grid(len(queries), max(map(len, images)), height, 2.4, axes)
     for q, row in enumerate(axes):
         _write(row[0], queries[q], 30, max(1, int(5.6*height)))
-        for k, (image, ok) in enumerate(zip(images[q], right[q])):
-            _frame(row[k + 1], image, COLOURS["right" if ok else "wrong"], f"{k + 1} {'✓' if ok else '✗'}",
-                   "" if scores is None else f"{scores[q][k]:.2f}", dashed=not ok)
+        for k, (image, ok) in enumerate(zip(images[q], right[q] if right else [None] * len(images[q]))):
+            _frame(row[k + 1], image, COLOURS["outlier" if right is None else "right" if ok else "wrong"], str(k + 1) if right is None else f"{k + 1} {'✓' if ok else '✗'}",
+                   "" if scores is None else f"{scores[q][k]:.2f}", dashed=right is not None and not ok)
     return axes
 
 # %% ../nbs/02_viz.ipynb #4591e2f9
