@@ -75,7 +75,7 @@ PRESETS = {
     "cluster-contrast": {"labels.oplm.stages": "none", "hcm.pcm": "single"},
     "icpg": {"labels.source": "image", "labels.oplm.stages": "none", "hcm.pcm": "none", "hcm.match": "pseudo", "hcm.chm": 1.},
     "cpcl": {},
-    "supervised": {"labels.source": "person", "labels.oplm.stages": "none", "labels.mates": 2, "hcm.match": "pseudo"},
+    "supervised": {"labels.source": "person", "labels.oplm.stages": "none", "hcm.match": "pseudo"},
 }
 
 # %% ../nbs/64_config.ipynb #8c7da9ea
