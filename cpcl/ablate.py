@@ -179,7 +179,7 @@ def run_notebook(
     path = next((p for p in tries if p.is_file()), None)
     if path is None: raise UserError(f"no notebook {notebook}; there are: {', '.join(sorted(p.stem for p in tries[1].parent.glob('*.ipynb'))) or 'none here'}")
     nb = nbformat.read(path, 4)
-    client = Live(nb, timeout=None, kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=ERROR"], resources={"metadata": {"path": str(path.parent)}})
+    client = Live(nb, timeout=None, kernel_name="python3", record_timing=False, extra_arguments=["--IPKernelApp.log_level=ERROR"], resources={"metadata": {"path": str(path.parent)}})
     with mock.patch.dict(os.environ, {"CPCL_RUN": "1"}):
         try: client.execute()
         except nbclient.exceptions.CellExecutionError as e: raise UserError(f"{path.name} stopped at {e.ename}: {e.evalue}") from e

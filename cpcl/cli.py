@@ -250,7 +250,7 @@ class Search:
         filters = dict(w.partition("=")[::2] for w in self.where)
         if bad := [w for w in self.where if "=" not in w]: raise UserError(f"--where takes column=value, got {bad[0]!r}")
         found = Open.open(self.index, self.encoder or None).search(self.query or None, self.k, {c: v.split(",") for c, v in filters.items()}, self.image or None, self.without or None).drop(columns="query")
-        print(found.to_json(orient="records") if self.json else found.to_string(index=False) if len(found) else "nothing found")
+        print(json.dumps(found.to_dict("records")) if self.json else found.to_string(index=False) if len(found) else "nothing found")
         return 0
 
 # %% ../nbs/90_cli.ipynb #b6bc061e

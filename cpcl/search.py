@@ -276,7 +276,7 @@ class Index:
         if not left: return pd.DataFrame(columns=["query", "rank", "score", "path", *self.columns])
         how = {} if selector is None else {"params": faiss.SearchParametersHNSW(sel=selector, efSearch=max(96, k)) if self.manifest["kind"] == "HNSW" else faiss.SearchParameters(sel=selector)}
         score, row = self.vectors.search(np.ascontiguousarray(q, np.float32), min(k, left), **how)
-        lists = [self.rows.iloc[r[r >= 0]][["path", *self.columns]].assign(query=n, rank=np.arange(1, (r >= 0).sum() + 1), score=s[r >= 0].round(4)) for n, s, r in zip(names, score, row)]
+        lists = [self.rows.iloc[r[r >= 0]][["path", *self.columns]].assign(query=n, rank=np.arange(1, (r >= 0).sum() + 1), score=s[r >= 0].astype(float).round(4)) for n, s, r in zip(names, score, row)]
         return pd.concat(lists, ignore_index=True)[["query", "rank", "score", "path", *self.columns]]
 
     def more_like(self,
