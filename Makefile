@@ -26,6 +26,7 @@ test: install ## what decides whether a change lands
 test-all: test ## also what is marked slow, the tutorials and the ablation notebooks
 	$(BIN)/python -m pytest tests -m slow
 	$(BIN)/nbdev_test --n_workers 2 --flags slow --ignore_fname .never
+	CPCL_FAST=1 $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --stdout nbs/tutorials/five_minutes.ipynb > /dev/null
 
 export: install ## notebooks -> package, notebooks cleaned, README written
 	$(BIN)/nbdev_export

@@ -27,6 +27,7 @@ from .core import UserError, atomic_path, peak_memory, repo_root
 from .data import detect, has_split, load_split
 from .encoder import EncoderConfig
 from .eval import METRICS, QueryScores
+from .labels import LabelConfig
 from .stats import paired_bootstrap
 from .synth import SynthWorld, checksum, write_synth
 from .train import environment, load_run, score_split, train_run
@@ -54,6 +55,11 @@ def fingerprint(
     text = repr([(list(s.images), list(s.captions), np.asarray(s.image_of).tolist()) for s in splits])
     return f"{Path(root).name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
+def _used(cfg):
+    "A configuration without what a run of it never reads: the preset's name, and clustering and mining where labels do not come from clusters."
+    labels = cfg.labels if cfg.labels.source in ("clusters", "image") else LabelConfig(source=cfg.labels.source, mates=cfg.labels.mates)
+    return replace(cfg, preset="", labels=labels)
+
 def answers(
     record:dict, # a record
     cfg:TrainConfig, # the configuration asked for
@@ -63,7 +69,7 @@ def answers(
     if record["data"] != data: return False
     try: made = config_from(record["config"])
     except UserError: return False # of another version, with other settings
-    return replace(made, preset="") == replace(cfg, preset="")
+    return _used(made) == _used(cfg)
 
 # %% ../nbs/74_ablate.ipynb #dc0aa25e
 def make_record(
@@ -146,7 +152,7 @@ def run_missing(
     records = [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()] if file.is_file() else []
     cfgs = [make_config(s.preset, schedule, name, len(train.images), encoder, s.seed, s.changes) for s in specs]
     find = lambda cfg: next((r for r in records if answers(r, cfg, data)), None)
-    todo = {repr(replace(c, preset="")): s for s, c in zip(specs, cfgs) if find(c) is None}
+    todo = {repr(_used(c)): s for s, c in zip(specs, cfgs) if find(c) is None}
     if todo and os.environ.get("CPCL_RUN") != "1":
         s = next(iter(todo.values()))
         raise UserError(f"{len(todo)} of {len(specs)} runs have no record in {file.name}, e.g. {s.name} seed {s.seed}: run this notebook with CPCL_RUN=1, or `cpcl ablate NOTEBOOK`")

@@ -258,10 +258,10 @@ def score_run(
 # %% ../nbs/70_train.ipynb #d8f41ccb
 def environment() -> dict: # versions, device, commit, command
     "What a run was made with (ours)."
-    import open_clip
+    import open_clip, PIL
     try: commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=repo_root(), capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired): commit = ""
     cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] if Path("/proc/cpuinfo").is_file() else []
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {cpu[0] if cpu else platform.processor() or platform.machine()}"
-    return dict(python=platform.python_version(), torch=torch.__version__, open_clip=open_clip.__version__, numpy=np.__version__,
+    return dict(python=platform.python_version(), torch=torch.__version__, open_clip=open_clip.__version__, numpy=np.__version__, pillow=PIL.__version__,
         device=device, threads=torch.get_num_threads(), commit=commit, command=" ".join(sys.argv))
