@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch, patch_to
 from PIL import Image
 
 from .checkpoint import load_run
@@ -64,6 +65,7 @@ def encode_images(
     "Features of image files in their order; the unreadable are skipped (ours)."
     (h, w), device = encoder.image_size, next(encoder.parameters()).device
     def pixels(path):
+        "A normalised tensor, None if unreadable."
         try: return to_tensor(np.array(read_image(path).resize((w, h), Image.Resampling.BICUBIC)))
         except UserError: return None
     out, readable = [], np.zeros(len(paths), bool)
@@ -170,144 +172,157 @@ class Index:
         if len(rows) != vectors.ntotal: raise UserError(f"{folder} holds {len(rows)} rows and {vectors.ntotal} vectors: build the index again")
         return cls(manifest | ({"run": str(Path(run).resolve())} if run else {}), rows, vectors)
 
-    @classmethod
-    def build(cls,
-        folder, # of image crops
-        run, # run folder whose last encoder is taken
-        out, # folder of the index; an older index of the same folder and weights is extended
-        columns=None, # CSV file or DataFrame with a column `path`
-        batch_size:int=128, # images a step
-        workers:int=2, # threads that decode
-        exact_rows:int=EXACT_ROWS, # up to so many rows every row is compared
-        say=print, # where the line about what was done goes
-    ): # an Index
-        "Encode what is new or changed, drop what is gone; raises UserError (ours)."
-        _parquet(); folder, run, out = Path(folder).resolve(), Path(run).resolve(), Path(out)
-        found, extra = list_images(folder), None if columns is None else read_columns(columns)
-        weights = run/"last.safetensors"
-        if not weights.is_file(): raise UserError(f"{run} has no last.safetensors: it is no run, or has not finished an epoch")
-        old, weights = cls._older(out, folder, digest(weights)), digest(weights)
-        kept, where = np.zeros(len(found), bool), np.full(len(found), -1)
-        if old is not None:
-            at = found.merge(old.rows[["path", "size", "mtime_ns"]].assign(row=np.arange(len(old))), how="left", on=["path", "size", "mtime_ns"]).row
-            kept = at.notna().to_numpy(copy=True); where[kept] = at[kept].astype(int)
-        todo, encoder = np.flatnonzero(~kept), None
-        if len(todo):
-            encoder = load_run(run)
-            new, readable = encode_images(encoder, [folder/p for p in found.path.iloc[todo]], batch_size, workers)
-            x = np.zeros((len(found), encoder.width), np.float32); x[todo[readable]] = new; kept[todo[readable]] = True
-        else: x = np.zeros((len(found), old.vectors.d), np.float32)
-        if old is not None and (where >= 0).any(): x[where >= 0] = _vectors(old.vectors)[where[where >= 0]]
-        rows = found[kept].reset_index(drop=True)
-        if not len(rows): raise UserError(f"none of the {len(found)} images in {folder} can be read")
-        if extra is not None: rows = rows.join(extra, on="path").fillna("")
-        same = old is not None and not len(todo) and old.rows.equals(rows)
-        vectors = old.vectors if same else vector_index(x[kept], exact_rows)
-        kind = "Flat" if len(rows) <= exact_rows else "HNSW"
-        manifest = dict(format=FORMAT, folder=str(folder), run=str(run), weights=weights, model=encoder.model if encoder else old.manifest["model"], width=x.shape[1], images=len(rows),
-                        skipped=int((~kept).sum()), kind=kind, recall=1. if kind == "Flat" else round(measured_recall(vectors, x[kept]), 4), written=datetime.now(timezone.utc).isoformat(timespec="seconds"))
-        if not same: _write(out, vectors, rows, manifest)
-        gone = 0 if old is None else len(old) - int((where >= 0).sum())
-        say(f"{len(rows):,} images indexed ({kind}): {int((~(where >= 0))[kept].sum()):,} encoded, {int((where >= 0).sum()):,} kept, {gone:,} dropped, {int((~kept).sum()):,} unreadable" + ("" if kind == "Flat" else f"; recall at 10 on a sample {manifest['recall']:.3f}"))
-        return cls(manifest, rows, vectors, encoder)
+# %% ../nbs/80_search.ipynb #632f1891
+@patch_to(Index, cls_method=True)
+def _older(cls, out, folder, weights):
+    "The index at `out` if its vectors can be used again."
+    if not (Path(out)/"manifest.json").is_file(): return None
+    try: old = cls.open(out)
+    except UserError: return None # damaged, or of another format: made anew
+    return old if old.manifest["folder"] == str(folder) and old.manifest["weights"] == weights else None
 
-    @classmethod
-    def _older(cls, out, folder, weights):
-        "The index at `out` if its vectors can be used again."
-        if not (Path(out)/"manifest.json").is_file(): return None
-        try: old = cls.open(out)
-        except UserError: return None # damaged, or of another format: made anew
-        return old if old.manifest["folder"] == str(folder) and old.manifest["weights"] == weights else None
+@patch_to(Index, cls_method=True)
+def build(cls,
+    folder, # of image crops
+    run, # run folder whose last encoder is taken
+    out, # folder of the index; an older index of the same folder and weights is extended
+    columns=None, # CSV file or DataFrame with a column `path`
+    batch_size:int=128, # images a step
+    workers:int=2, # threads that decode
+    exact_rows:int=EXACT_ROWS, # up to so many rows every row is compared
+    say=print, # where the line about what was done goes
+): # an Index
+    "Encode what is new or changed, drop what is gone; raises UserError (ours)."
+    _parquet(); folder, run, out = Path(folder).resolve(), Path(run).resolve(), Path(out)
+    found, extra = list_images(folder), None if columns is None else read_columns(columns)
+    weights = run/"last.safetensors"
+    if not weights.is_file(): raise UserError(f"{run} has no last.safetensors: it is no run, or has not finished an epoch")
+    old, weights = cls._older(out, folder, digest(weights)), digest(weights)
+    kept, where = np.zeros(len(found), bool), np.full(len(found), -1)
+    if old is not None:
+        at = found.merge(old.rows[["path", "size", "mtime_ns"]].assign(row=np.arange(len(old))), how="left", on=["path", "size", "mtime_ns"]).row
+        kept = at.notna().to_numpy(copy=True); where[kept] = at[kept].astype(int)
+    todo, encoder = np.flatnonzero(~kept), None
+    if len(todo):
+        encoder = load_run(run)
+        new, readable = encode_images(encoder, [folder/p for p in found.path.iloc[todo]], batch_size, workers)
+        x = np.zeros((len(found), encoder.width), np.float32); x[todo[readable]] = new; kept[todo[readable]] = True
+    else: x = np.zeros((len(found), old.vectors.d), np.float32)
+    if old is not None and (where >= 0).any(): x[where >= 0] = _vectors(old.vectors)[where[where >= 0]]
+    rows = found[kept].reset_index(drop=True)
+    if not len(rows): raise UserError(f"none of the {len(found)} images in {folder} can be read")
+    if extra is not None: rows = rows.join(extra, on="path").fillna("")
+    same = old is not None and not len(todo) and old.rows.equals(rows)
+    vectors = old.vectors if same else vector_index(x[kept], exact_rows)
+    kind = "Flat" if len(rows) <= exact_rows else "HNSW"
+    manifest = dict(format=FORMAT, folder=str(folder), run=str(run), weights=weights, model=encoder.model if encoder else old.manifest["model"], width=x.shape[1], images=len(rows),
+                    skipped=int((~kept).sum()), kind=kind, recall=1. if kind == "Flat" else round(measured_recall(vectors, x[kept]), 4), written=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    if not same: _write(out, vectors, rows, manifest)
+    gone = 0 if old is None else len(old) - int((where >= 0).sum())
+    say(f"{len(rows):,} images indexed ({kind}): {int((~(where >= 0))[kept].sum()):,} encoded, {int((where >= 0).sum()):,} kept, {gone:,} dropped, {int((~kept).sum()):,} unreadable" + ("" if kind == "Flat" else f"; recall at 10 on a sample {manifest['recall']:.3f}"))
+    return cls(manifest, rows, vectors, encoder)
 
-    def _embed(self, query, image, without):
-        "Unit vectors `[Q, D]` of the queries."
-        encoder = self.encoder; device = next(encoder.parameters()).device
-        texts = [query] if isinstance(query, str) else list(query) if query is not None else []
-        for t in [*texts, *(without or [])]:
-            if not isinstance(t, str) or not t.strip(): raise UserError("a query must be a sentence, got an empty one")
-            if len(t) > MAX_QUERY: raise UserError(f"a query may have {MAX_QUERY} characters, this one has {len(t)}")
-        if not texts and image is None: raise UserError("nothing to search for: give a sentence, an image, or both")
-        with torch.inference_mode():
-            told = lambda ts: encoder.encode_text(tokenize(ts, encoder.context_length).to(device)).float().cpu().numpy()
-            q = told(texts) if texts else np.zeros((1, encoder.width), np.float32)
-            if image is not None: q = q + self._look(image)
-            if without: q = unit(q) - NEGATIVE * unit(told(list(without)).mean(0, keepdims=True))
-        return unit(q)
-
-    def _look(self, image):
-        "Unit vector `[1, D]` of an indexed path, an image file or a PIL image."
-        if isinstance(image, str) and (at := self._at(image)) is not None: return self.vectors.reconstruct(int(at))[None]
-        h, w = self.encoder.image_size
-        x = to_tensor(np.array((image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)).resize((w, h), Image.Resampling.BICUBIC)))
-        with torch.inference_mode(): return self.encoder.encode_image(x[None].to(next(self.encoder.parameters()).device)).float().cpu().numpy()
-
-    def _at(self, path):
-        "The row of an indexed path, or None."
-        if not hasattr(self, "_rows_by_path"): self._rows_by_path = {p: i for i, p in enumerate(self.rows.path)}
-        return self._rows_by_path.get(path)
-
-    def _selector(self, where):
-        "A faiss selector of the rows a filter lets through; None without one."
-        import faiss
-        if not where: return None, len(self)
-        keep = np.ones(len(self), bool)
-        for name, value in where.items():
-            if name not in self.columns: raise UserError(f"the index has no column {name!r}; there are: {', '.join(self.columns) or 'none'}")
-            values = [value] if isinstance(value, (str, int, float)) else list(value)
-            keep &= self.rows[name].isin([str(v) for v in values]).to_numpy()
-        return faiss.IDSelectorBatch(np.flatnonzero(keep)), int(keep.sum())
-
-    def search(self,
-        query=None, # a sentence, or several: each its own list
-        k:int=10, # images a list, 1 or more
-        where:dict=None, # column -> value or list of values that a row must have
-        image=None, # an indexed path, an image file or a PIL image: more like this, alone or together with the sentence
-        without=None, # a sentence or several: what the image should not show
-    ) -> pd.DataFrame: # query, rank from 1, score (cosine), path, columns; best first
-        "Find the images nearest to what is asked; raises UserError (paper section 4: ranking by cosine)."
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise UserError(f"k must be a whole number, 1 or more, got {k!r}")
-        q = self._embed(query, image, [without] if isinstance(without, str) else without)
-        return self._ranked(q, k, where, [query] * len(q) if query is None or isinstance(query, str) else list(query))
-
-    def _ranked(self, q, k, where, names):
-        "The lists of unit vectors `[Q, D]`."
-        import faiss
-        selector, left = self._selector(where)
-        if not left: return pd.DataFrame(columns=["query", "rank", "score", "path", *self.columns])
-        how = {} if selector is None else {"params": faiss.SearchParametersHNSW(sel=selector, efSearch=max(96, k)) if self.manifest["kind"] == "HNSW" else faiss.SearchParameters(sel=selector)}
-        score, row = self.vectors.search(np.ascontiguousarray(q, np.float32), min(k, left), **how)
-        lists = [self.rows.iloc[r[r >= 0]][["path", *self.columns]].assign(query=n, rank=np.arange(1, (r >= 0).sum() + 1), score=s[r >= 0].astype(float).round(4)) for n, s, r in zip(names, score, row)]
-        return pd.concat(lists, ignore_index=True)[["query", "rank", "score", "path", *self.columns]]
-
-    def more_like(self,
-        right:list, # indexed paths a person marked as right, at least one
-        wrong:list=(), # indexed paths marked as wrong
-        query:str=None, # the sentence that was asked
-        k:int=10, # images a list
-        where:dict=None, # as in `search`
-    ) -> pd.DataFrame: # as `search` gives
-        "Ask again with what was marked: towards the right ones, away from the wrong ones; raises UserError (Rocchio 1971)."
-        for p in [*right, *wrong]:
-            if self._at(p) is None: raise UserError(f"{p!r} is not in the index")
-        if not right: raise UserError("mark at least one image as right")
-        mean = lambda paths: np.mean([self.vectors.reconstruct(int(self._at(p))) for p in paths], axis=0, keepdims=True)
-        q = ROCCHIO[0] * (self._embed(query, None, None) if query else 0) + ROCCHIO[1] * mean(right) - (ROCCHIO[2] * mean(wrong) if wrong else 0)
-        return self._ranked(unit(q), k, where, [query])
-
-    def show(self,
-        found:pd.DataFrame, # what `search` gave
-        height:float=1.6, # of a row, inches
-    ): # matplotlib axes
-        "The lists as pictures, inline (ours)."
-        from cpcl.viz import ranked_lists
-        lists = [g for _, g in found.groupby("query", sort=False, dropna=False)]
-        return ranked_lists([g["query"].iloc[0] or "more like this" for g in lists], [[read_image(Path(self.manifest["folder"])/p) for p in g.path] for g in lists], scores=[g.score.tolist() for g in lists], height=height)
-
-    def explore(self,
-        k:int=12, # images to begin with
-    ): # widgets, for a notebook
-        "Search in the notebook: a sentence box, filters, more like this, marks (ipywidgets)."
-        from cpcl.explore import Finder
-        return Finder(self, k).box
-
+# %% ../nbs/80_search.ipynb #7a7e4b83
 MAX_QUERY, NEGATIVE, ROCCHIO = 2000, .5, (1., .75, .25) # characters; weight of `without`; of query, right and wrong (Rocchio's usual ones)
+
+@patch
+def _embed(self:Index, query, image, without):
+    "Unit vectors `[Q, D]` of the queries."
+    encoder = self.encoder; device = next(encoder.parameters()).device
+    texts = [query] if isinstance(query, str) else list(query) if query is not None else []
+    for t in [*texts, *(without or [])]:
+        if not isinstance(t, str) or not t.strip(): raise UserError("a query must be a sentence, got an empty one")
+        if len(t) > MAX_QUERY: raise UserError(f"a query may have {MAX_QUERY} characters, this one has {len(t)}")
+    if not texts and image is None: raise UserError("nothing to search for: give a sentence, an image, or both")
+    with torch.inference_mode():
+        told = lambda ts: encoder.encode_text(tokenize(ts, encoder.context_length).to(device)).float().cpu().numpy()
+        q = told(texts) if texts else np.zeros((1, encoder.width), np.float32)
+        if image is not None: q = q + self._look(image)
+        if without: q = unit(q) - NEGATIVE * unit(told(list(without)).mean(0, keepdims=True))
+    return unit(q)
+
+@patch
+def _look(self:Index, image):
+    "Unit vector `[1, D]` of an indexed path, an image file or a PIL image."
+    if isinstance(image, str) and (at := self._at(image)) is not None: return self.vectors.reconstruct(int(at))[None]
+    h, w = self.encoder.image_size
+    x = to_tensor(np.array((image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)).resize((w, h), Image.Resampling.BICUBIC)))
+    with torch.inference_mode(): return self.encoder.encode_image(x[None].to(next(self.encoder.parameters()).device)).float().cpu().numpy()
+
+@patch
+def _at(self:Index, path):
+    "The row of an indexed path, or None."
+    if not hasattr(self, "_rows_by_path"): self._rows_by_path = {p: i for i, p in enumerate(self.rows.path)}
+    return self._rows_by_path.get(path)
+
+# %% ../nbs/80_search.ipynb #8d1ed71a
+@patch
+def _selector(self:Index, where):
+    "A faiss selector of the rows a filter lets through; None without one."
+    import faiss
+    if not where: return None, len(self)
+    keep = np.ones(len(self), bool)
+    for name, value in where.items():
+        if name not in self.columns: raise UserError(f"the index has no column {name!r}; there are: {', '.join(self.columns) or 'none'}")
+        values = [value] if isinstance(value, (str, int, float)) else list(value)
+        keep &= self.rows[name].isin([str(v) for v in values]).to_numpy()
+    return faiss.IDSelectorBatch(np.flatnonzero(keep)), int(keep.sum())
+
+@patch
+def _ranked(self:Index, q, k, where, names):
+    "The lists of unit vectors `[Q, D]`."
+    import faiss
+    selector, left = self._selector(where)
+    if not left: return pd.DataFrame(columns=["query", "rank", "score", "path", *self.columns])
+    how = {} if selector is None else {"params": faiss.SearchParametersHNSW(sel=selector, efSearch=max(96, k)) if self.manifest["kind"] == "HNSW" else faiss.SearchParameters(sel=selector)}
+    score, row = self.vectors.search(np.ascontiguousarray(q, np.float32), min(k, left), **how)
+    lists = [self.rows.iloc[r[r >= 0]][["path", *self.columns]].assign(query=n, rank=np.arange(1, (r >= 0).sum() + 1), score=s[r >= 0].astype(float).round(4)) for n, s, r in zip(names, score, row)]
+    return pd.concat(lists, ignore_index=True)[["query", "rank", "score", "path", *self.columns]]
+
+@patch
+def search(self:Index,
+    query=None, # a sentence, or several: each its own list
+    k:int=10, # images a list, 1 or more
+    where:dict=None, # column -> value or list of values that a row must have
+    image=None, # an indexed path, an image file or a PIL image: more like this, alone or together with the sentence
+    without=None, # a sentence or several: what the image should not show
+) -> pd.DataFrame: # query, rank from 1, score (cosine), path, columns; best first
+    "Find the images nearest to what is asked; raises UserError (paper section 4: ranking by cosine)."
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise UserError(f"k must be a whole number, 1 or more, got {k!r}")
+    q = self._embed(query, image, [without] if isinstance(without, str) else without)
+    return self._ranked(q, k, where, [query] * len(q) if query is None or isinstance(query, str) else list(query))
+
+# %% ../nbs/80_search.ipynb #ba0dbb30
+@patch
+def more_like(self:Index,
+    right:list, # indexed paths a person marked as right, at least one
+    wrong:list=(), # indexed paths marked as wrong
+    query:str=None, # the sentence that was asked
+    k:int=10, # images a list
+    where:dict=None, # as in `search`
+) -> pd.DataFrame: # as `search` gives
+    "Ask again with what was marked: towards the right ones, away from the wrong ones; raises UserError (Rocchio 1971)."
+    for p in [*right, *wrong]:
+        if self._at(p) is None: raise UserError(f"{p!r} is not in the index")
+    if not right: raise UserError("mark at least one image as right")
+    mean = lambda paths: np.mean([self.vectors.reconstruct(int(self._at(p))) for p in paths], axis=0, keepdims=True)
+    q = ROCCHIO[0] * (self._embed(query, None, None) if query else 0) + ROCCHIO[1] * mean(right) - (ROCCHIO[2] * mean(wrong) if wrong else 0)
+    return self._ranked(unit(q), k, where, [query])
+
+@patch
+def show(self:Index,
+    found:pd.DataFrame, # what `search` gave
+    height:float=1.6, # of a row, inches
+): # matplotlib axes
+    "The lists as pictures, inline (ours)."
+    from cpcl.viz import ranked_lists
+    lists = [g for _, g in found.groupby("query", sort=False, dropna=False)]
+    return ranked_lists([g["query"].iloc[0] or "more like this" for g in lists], [[read_image(Path(self.manifest["folder"])/p) for p in g.path] for g in lists], scores=[g.score.tolist() for g in lists], height=height)
+
+@patch
+def explore(self:Index,
+    k:int=12, # images to begin with
+): # widgets, for a notebook
+    "Search in the notebook: a sentence box, filters, more like this, marks (ipywidgets)."
+    from cpcl.explore import Finder
+    return Finder(self, k).box
