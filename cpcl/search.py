@@ -197,12 +197,13 @@ def build(cls,
     found, extra = list_images(folder), None if columns is None else read_columns(columns)
     weights = run/"last.safetensors"
     if not weights.is_file(): raise UserError(f"{run} has no last.safetensors: it is no run, or has not finished an epoch")
-    old, weights = cls._older(out, folder, digest(weights)), digest(weights)
+    weights = digest(weights); old = cls._older(out, folder, weights)
     kept, where = np.zeros(len(found), bool), np.full(len(found), -1)
     if old is not None:
         at = found.merge(old.rows[["path", "size", "mtime_ns"]].assign(row=np.arange(len(old))), how="left", on=["path", "size", "mtime_ns"]).row
         kept = at.notna().to_numpy(copy=True); where[kept] = at[kept].astype(int)
-    todo, encoder = np.flatnonzero(~kept), None
+    torn = [tuple(r) in {tuple(u) for u in old.manifest["unreadable"]} for r in found.itertuples(index=False)] if old is not None else False # were tried before, and are as they were
+    todo, encoder = np.flatnonzero(~kept & ~np.array(torn, bool)), None
     if len(todo):
         encoder = load_run(run)
         new, readable = encode_images(encoder, [folder/p for p in found.path.iloc[todo]], batch_size, workers)
@@ -212,11 +213,11 @@ def build(cls,
     rows = found[kept].reset_index(drop=True)
     if not len(rows): raise UserError(f"none of the {len(found)} images in {folder} can be read")
     if extra is not None: rows = rows.join(extra, on="path").fillna("")
-    same = old is not None and not len(todo) and old.rows.equals(rows)
-    vectors = old.vectors if same else vector_index(x[kept], exact_rows)
     kind = "Flat" if len(rows) <= exact_rows else "HNSW"
+    same = old is not None and not len(todo) and old.rows.equals(rows) and (old.manifest["kind"], old.manifest["run"]) == (kind, str(run))
+    vectors = old.vectors if same else vector_index(x[kept], exact_rows)
     manifest = dict(format=FORMAT, folder=str(folder), run=str(run), weights=weights, model=encoder.model if encoder else old.manifest["model"], width=x.shape[1], images=len(rows),
-                    skipped=int((~kept).sum()), kind=kind, recall=1. if kind == "Flat" else round(measured_recall(vectors, x[kept]), 4), written=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+                    unreadable=found[~kept].values.tolist(), kind=kind, recall=1. if kind == "Flat" else round(measured_recall(vectors, x[kept]), 4), written=datetime.now(timezone.utc).isoformat(timespec="seconds"))
     if not same: _write(out, vectors, rows, manifest)
     gone = 0 if old is None else len(old) - int((where >= 0).sum())
     say(f"{len(rows):,} images indexed ({kind}): {int((~(where >= 0))[kept].sum()):,} encoded, {int((where >= 0).sum()):,} kept, {gone:,} dropped, {int((~kept).sum()):,} unreadable" + ("" if kind == "Flat" else f"; recall at 10 on a sample {manifest['recall']:.3f}"))
