@@ -223,11 +223,12 @@ class Index:
     columns: str = "" # CSV with a column `path` and others to filter by, e.g. camera
     batch_size: int = 128 # images a step
     workers: int = 2 # threads that decode
+    store: str = "" # milvus:URI keeps rows and vectors on a server, e.g. milvus:http://localhost:19530; files in --out if empty
 
     def run(self) -> int:
         "Build it and say what to do next."
         from cpcl.search import Index as Build
-        Build.build(self.folder, self.encoder, self.out, self.columns or None, self.batch_size, self.workers)
+        Build.build(self.folder, self.encoder, self.out, self.columns or None, self.batch_size, self.workers, store=self.store)
         print(f'next: cpcl search {self.out} "a woman in a red coat with a black backpack"')
         return 0
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from .core import UserError, atomic_path, progress, repo_root
-from .loader import caption_loader, image_loader
+from .loader import caption_loader, image_loader, pixels_of, to_tensor, tokenize
 
 # %% ../nbs/20_encoder.ipynb #b33cf1ab
 TINY = dict(embed_dim=128,
@@ -276,3 +277,22 @@ def features(
             txt = encode_rows(encoder.encode_text, captions, "tokens", len(split.captions), encoder.width, device, "captions")
     finally: encoder.train(was_training)
     return img, txt
+
+# %% ../nbs/20_encoder.ipynb #286bc436
+@patch
+@torch.inference_mode()
+def embed_texts(self:Encoder,
+    texts, # a sentence or several
+) -> np.ndarray: # float32 `[n, D]` unit rows
+    "Features of sentences; the model is used in the mode it is in (paper section 3)."
+    device = next(self.parameters()).device
+    return self.encode_text(tokenize([texts] if isinstance(texts, str) else list(texts), self.context_length).to(device)).float().cpu().numpy()
+
+@patch
+@torch.inference_mode()
+def embed_images(self:Encoder,
+    images, # files or PIL images
+) -> np.ndarray: # float32 `[n, D]` unit rows
+    "Features of images; raises UserError for one that cannot be read (paper section 3)."
+    batch = torch.stack([to_tensor(pixels_of(i, self.image_size)) for i in images])
+    return self.encode_image(batch.to(next(self.parameters()).device)).float().cpu().numpy()

@@ -17,7 +17,7 @@ from .losses import chm as chm_term, icpm, itc, match_matrix, pcm_term
 @dataclass(frozen=True)
 class HCMConfig:
     "What the matching loss is made of (paper: HCM; weights and switches the paper leaves open are ours)."
-    tau_p:float=.05 # temperature of PCM, above 0
+    tau_p:float=.02 # temperature of PCM, above 0
     tau_i:float=.02 # temperature of ICPM, above 0
     lam:float=1. # weight of PCM, 0 or more
     beta:float=0. # weight of InfoNCE on the pairs, 0 or more
@@ -50,7 +50,7 @@ def pcm_terms(
     protos_v, # `[K_v, D]` image prototypes
     protos_t, # `[K_t, D]` caption prototypes
     pcm:str="both", # "both", "single", "cross" or "none"
-    tau:float=.05, # temperature tau_p
+    tau:float=.02, # temperature tau_p
 ) -> dict: # name -> scalar, one for each active term
     "The active prototype terms: the label always belongs to the modality of the prototypes (paper: PCM, single- and cross-modal)."
     single = dict(pcm_v=(img, protos_v, y_v), pcm_t=(txt, protos_t, y_t))

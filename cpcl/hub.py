@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
-from PIL import Image
 
 from .checkpoint import load_run, read_config
 from .core import UserError, atomic_path
-from .data import read_image
 from .encoder import Encoder, read_weights
 from .eval import METRICS
-from .loader import CLIP_MEAN, CLIP_STD, to_tensor, tokenize
+from .loader import CLIP_MEAN, CLIP_STD, tokenize
 
 # %% ../nbs/84_hub.ipynb #715749e9
 class CPCL(Encoder, PyTorchModelHubMixin, library_name="cpcl", license="mit", tags=["text-based-person-retrieval", "clip", "cpcl"], repo_url="https://arxiv.org/abs/2401.10011"):
@@ -48,23 +46,6 @@ class CPCL(Encoder, PyTorchModelHubMixin, library_name="cpcl", license="mit", ta
                     trained=dict(preset=cfg.preset, seed=cfg.seed, epochs=cfg.optim.epochs, data=data.get("name", ""), split=found.get("split", "")))
         model.load_state_dict(encoder.state_dict())
         return model
-
-    @torch.inference_mode()
-    def embed_texts(self,
-        texts, # a sentence or several
-    ) -> np.ndarray: # float32 `[n, D]` unit rows
-        "Features of sentences (paper section 3)."
-        device = next(self.parameters()).device
-        return self.encode_text(tokenize(texts, self.context_length).to(device)).float().cpu().numpy()
-
-    @torch.inference_mode()
-    def embed_images(self,
-        images, # files or PIL images
-    ) -> np.ndarray: # float32 `[n, D]` unit rows
-        "Features of images; raises UserError for one that cannot be read (paper section 3)."
-        (h, w), device = self.image_size, next(self.parameters()).device
-        pixels = lambda x: to_tensor(np.array((x.convert("RGB") if isinstance(x, Image.Image) else read_image(x)).resize((w, h), Image.Resampling.BICUBIC)))
-        return self.encode_image(torch.stack([pixels(x) for x in images]).to(device)).float().cpu().numpy()
 
     @classmethod
     def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, map_location="cpu", strict=True, **settings):

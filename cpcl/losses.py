@@ -29,7 +29,7 @@ def pcm_term(
     query, # `[B, D]` features of one modality
     protos, # `[K, D]` prototypes of either modality; no gradient reaches them
     labels, # `[B]` int tensor, the row's cluster in `protos`; -1 = outlier
-    tau:float=.05, # temperature tau_p, above 0
+    tau:float=.02, # temperature tau_p, above 0
 ): # scalar; exactly 0, with a graph, without labelled rows or without prototypes
     "-log softmax(q.P^T / tau) at the row's own prototype, the mean over labelled rows (paper: PCM)."
     scores = logits(query, protos.detach(), tau)
