@@ -24,7 +24,7 @@ setup(
     packages=find_packages(include=["cpcl", "cpcl.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split() + cfg["platform_requirements"].split(),
-    extras_require={e: " ".join(cfg[f"{p}_requirements"] for p in parts).split() for e, parts in {"app": ["app"], "export": ["export"], "dev": ["dev", "app", "export"]}.items()},
+    extras_require={e: " ".join(cfg[f"{p}_requirements"] for p in parts).split() for e, parts in {"app": ["app"], "export": ["export"], "milvus": ["milvus"], "dev": ["dev", "app", "export", "milvus"]}.items()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

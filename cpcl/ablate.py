@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BENCH', 'ONE_THREAD', 'Spec', 'fingerprint', 'answers', 'make_record', 'query_scores', 'bench_set', 'run_one',
-           'run_missing', 'run_notebook', 'seed_table', 'mean_table', 'val_table', 'seed_plot', 'difference', 'against',
-           'gap_closed']
+           'run_missing', 'run_notebook', 'measured', 'seed_table', 'mean_table', 'val_table', 'seed_plot',
+           'difference', 'against', 'gap_closed']
 
 # %% ../nbs/74_ablate.ipynb #54a83053
-import hashlib, json, os, shutil, time
+import hashlib, json, os, shutil, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .checkpoint import read_config, read_history
+from .checkpoint import read_config, read_history, write_json
 from .config import TrainConfig, config_dict, config_from, make_config
 from .core import UserError, atomic_path, peak_memory, repo_root
 from .data import detect, has_split, load_split
@@ -192,6 +192,25 @@ def run_notebook(
     nb.metadata.pop("language_info", None); nb.metadata.pop("widgets", None)
     with atomic_path(path) as tmp: nbformat.write(nb, tmp)
     return path
+
+# %% ../nbs/74_ablate.ipynb #ff3783e3
+def measured(
+    file, # the records, a JSON object with a measurement a name
+    prelude:str, # code before that of every measurement
+    name:str, # of the measurement
+    code:str, # Python whose last printed line is a JSON object; it finds `params`
+    **params, # plain JSON values
+) -> dict: # what it printed, with the device
+    "Read a measurement, making it if it is missing and CPCL_RUN=1; raises UserError (ours)."
+    file = Path(file); found = json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
+    if name not in found:
+        if os.environ.get("CPCL_RUN") != "1": raise UserError(f"{name} has no record in {file.name}: run this notebook with CPCL_RUN=1")
+        text = f"{prelude}\nimport json\nparams = json.loads({json.dumps(params)!r})\n{code}"
+        run = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        if run.returncode: raise UserError(f"{name} stopped: {run.stderr[-2000:]}")
+        found[name] = json.loads(run.stdout.splitlines()[-1]) | {"device": f"{environment()['device']}, {environment()['threads']} threads"}
+        write_json(file, found)
+    return found[name]
 
 # %% ../nbs/74_ablate.ipynb #8aba9a0c
 def seed_table(

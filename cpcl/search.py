@@ -19,7 +19,7 @@ from fastcore.basics import patch, patch_to
 
 from .checkpoint import load_run
 from .core import UserError, progress, unit
-from .data import read_image
+from .data import Split, read_image
 from .loader import pixels_of, to_tensor
 from .milvus import MilvusStore
 from .store import EXACT_ROWS, LocalStore, digest, list_images, read_columns, read_manifest, read_store
@@ -135,7 +135,7 @@ def _few(column):
 # %% ../nbs/80_search.ipynb #064d0768
 @patch_to(Index, cls_method=True)
 def build(cls,
-    folder, # of image crops
+    folder, # of image crops, or a `Split`
     run, # run folder whose last encoder is taken
     out, # folder of the index; an older index of the same folder and weights is extended
     columns=None, # CSV file or DataFrame with a column `path`
@@ -146,8 +146,9 @@ def build(cls,
     say=print, # where the line about what was done goes
 ): # an Index
     "Encode what is new or changed, drop what is gone; raises UserError (ours)."
-    folder, run, out, uri = Path(folder).resolve(), Path(run).resolve(), Path(out), _address(store)
-    found, weights, load = list_images(folder), run/"last.safetensors", cache(lambda: load_run(run))
+    found, folder = list_images(folder), Path(folder.root if isinstance(folder, Split) else folder).resolve()
+    run, out, uri = Path(run).resolve(), Path(out), _address(store)
+    weights, load = run/"last.safetensors", cache(lambda: load_run(run))
     told = found if columns is None else found.join(read_columns(columns), on="path").fillna("")
     if not weights.is_file(): raise UserError(f"{run} has no last.safetensors: it is no run, or has not finished an epoch")
     weights = digest(weights); manifest, place = cls._store(out, uri, folder, weights, exact_rows)
@@ -159,7 +160,7 @@ def build(cls,
     now = dict(format=FORMAT, folder=str(folder), run=str(run), weights=weights, model=made["model"], width=made["width"], images=len(rows), columns={c: _few(rows[c]) for c in rows if c not in found},
                unreadable=found[~(same | done)].values.tolist(), store=uri, kind=place.kind, recall=place.recall and round(place.recall, 4))
     if changed or any(manifest.get(k) != v for k, v in now.items()): manifest = place.write(out, now | {"written": datetime.now(timezone.utc).isoformat(timespec="seconds")})
-    say(f"{len(rows):,} images indexed ({place.kind}): {done.sum():,} encoded, {same.sum():,} kept, {len(known) - same.sum():,} dropped, {len(found) - len(rows):,} unreadable" + (f"; recall at 10 of {len(SENTENCES)} sentences {place.recall:.3f}" if place.kind == "IVF" else ""))
+    say(f"{len(rows):,} images indexed ({place.kind}): {done.sum():,} encoded, {same.sum():,} kept, {len(known) - same.sum():,} dropped, {len(found) - len(rows):,} unreadable" + (f"; recall at 10 of {len(SENTENCES)} sentences {place.recall:.3f}" if place.kind == "PQ" else ""))
     return cls(manifest, place, load() if done.any() else None)
 
 # %% ../nbs/80_search.ipynb #7a7e4b83

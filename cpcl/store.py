@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .core import UserError, atomic_path
+from .data import Split
 
 # %% ../nbs/76_store.ipynb #77316a3c
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -30,9 +31,12 @@ def _walk(folder, top, below=""):
         seen = e.stat(); yield below + e.name, seen.st_size, seen.st_mtime_ns
 
 def list_images(
-    folder, # where the crops lie
+    folder, # where the crops lie, or a `Split` of a data set
 ) -> pd.DataFrame: # path (relative, with /), size in bytes, mtime_ns; sorted by path
-    "Every image file below a folder; raises UserError where there is none (ours)."
+    "Every image file below a folder, or every image of a split; raises UserError where there is none (ours)."
+    if isinstance(folder, Split):
+        seen = [(p, folder.path(i).stat() if folder.path(i).is_file() else None) for i, p in enumerate(folder.images)]
+        return pd.DataFrame(sorted((p, s.st_size, s.st_mtime_ns) if s else (p, -1, 0) for p, s in seen), columns=["path", "size", "mtime_ns"])
     folder = Path(folder)
     if not folder.is_dir(): raise UserError(f"{folder} is not a folder")
     rows = sorted(_walk(folder, folder.resolve()))
@@ -54,34 +58,30 @@ def read_columns(
 
 # %% ../nbs/76_store.ipynb #4de759f4
 EXACT_ROWS = 200_000 # up to here every row is compared
-RECALL = .97 # share of the ten nearest that a sample of queries must find beyond
+RECALL = .99 # share of the ten nearest that a sample of queries must find beyond
 
 def vector_index(
     x:np.ndarray, # float32 `[N, D]` unit rows
-    exact_rows:int=EXACT_ROWS, # up to so many rows: Flat, beyond: IVF
-    seed:int=0, # of the sample that k-means sees
+    exact_rows:int=EXACT_ROWS, # up to so many rows: Flat, beyond: PQ, with the rows in 16 bits beside it
+    seed:int=0, # of the sample that the codes are learnt from
 ): # a faiss index by inner product
-    "Every row compared up to 200,000, cells beyond (faiss)."
+    "Every row compared up to 200,000; beyond, codes that propose and rows that decide (faiss)."
     import faiss
     x, (n, d) = np.ascontiguousarray(x, np.float32), x.shape
     if n <= exact_rows: index = faiss.IndexFlatIP(d); index.add(x); return index
-    cells = max(1, min(int(4 * n ** .5), n // 8))
-    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(d), d, cells, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False) # 16 bits of the row itself: written twice, it is the same
-    index.cp.spherical, index.cp.seed, index.cp.min_points_per_centroid = True, seed, 1
-    index.train(x[np.random.default_rng(seed).permutation(n)[:40 * cells]]); index.add(x)
-    return _ready(index)
-
-def _ready(index):
-    "What a file does not keep: one query on all cores, and rows by number."
-    if hasattr(index, "nlist"): index.parallel_mode = 1; index.make_direct_map()
-    return index
+    codes = faiss.IndexPQFastScan(d, d // 2 if d % 2 == 0 else d, 4, faiss.METRIC_INNER_PRODUCT)
+    codes.pq.cp.seed, codes.pq.cp.min_points_per_centroid = seed, 1
+    rows = faiss.IndexScalarQuantizer(d, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT) # written twice, a row is the same
+    codes.train(x[np.random.default_rng(seed).permutation(n)[:20_000]]); rows.train(x[:1])
+    for start in range(0, n, 65_536): codes.add(x[start:start + 65_536]); rows.add(x[start:start + 65_536])
+    return faiss.IndexRefine(codes, rows)
 
 def true_nearest(
     x:np.ndarray, # float32 `[N, D]` unit rows
     ask:np.ndarray, # float32 `[Q, D]` unit rows
     k:int=10, # 1..N
-) -> np.ndarray: # int64 `[Q, k]` rows, in no order
-    "The k nearest by comparing with every row (ours)."
+) -> np.ndarray: # int64 `[Q, k]` rows, best first
+    "The k nearest by comparing with every row (faiss)."
     import faiss
     return faiss.knn(np.ascontiguousarray(ask, np.float32), np.ascontiguousarray(x, np.float32), k, metric=faiss.METRIC_INNER_PRODUCT)[1]
 
@@ -94,17 +94,17 @@ def recall_at(
     return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(index.search(np.ascontiguousarray(ask, np.float32), true.shape[1])[1], true)]))
 
 def tune(
-    index, # a faiss index with cells; `nprobe` is set
+    index, # of `vector_index`, beyond the exact ones; its `k_factor` is set
     x:np.ndarray, # float32 `[N, D]` unit rows, what it holds
     ask:np.ndarray, # float32 `[Q, D]` unit rows, a sample of what will be asked
     wanted:float=RECALL, # 0..1
-) -> float: # recall at 10 with so many cells
-    "The fewest cells a query must look into (by steps of a quarter) to find its nearest rows (ours)."
-    true = true_nearest(x, ask, min(10, len(x))); probes = 1
+) -> float: # recall at 10 with so many proposals
+    "The fewest proposals a place in the list (1, 2, 4, ..) with which queries find their nearest rows (ours)."
+    true, factor = true_nearest(x, ask, min(10, len(x))), 1
     while True:
-        index.nprobe = probes; found = recall_at(index, ask, true)
-        if found >= wanted or probes >= index.nlist: return found
-        probes = min(index.nlist, max(probes + 1, probes * 5 // 4))
+        index.k_factor = factor; found = recall_at(index, ask, true)
+        if found >= wanted or factor * true.shape[1] >= len(x): return found
+        factor *= 2
 
 # %% ../nbs/76_store.ipynb #6e5e3ac5
 PIECE = 8 << 20 # bytes hashed at once
@@ -155,9 +155,9 @@ class LocalStore:
         self.vectors, self.exact_rows, self.recall, self._new, self._codes, self._numbers = vectors, exact_rows, 1., [], {}, None
     def __len__(self): return len(self.rows)
     @property
-    def kind(self): # "Flat" or "IVF"
+    def kind(self): # "Flat" or "PQ"
         "How a search compares."
-        return "IVF" if hasattr(self.vectors, "nlist") else "Flat"
+        return "PQ" if hasattr(self.vectors, "k_factor") else "Flat"
     def table(self) -> pd.DataFrame: # every row
         "Path, size, time of change and columns of every row."
         return self.rows
@@ -190,7 +190,7 @@ def finish(self:LocalStore,
     ask, # () -> float32 `[Q, D]`, a sample of queries for the recall; called only beyond `exact_rows`
 ) -> bool: # whether anything is different now
     "Put rows and vectors together (ours)."
-    kind = "Flat" if len(rows) <= self.exact_rows else "IVF"
+    kind = "Flat" if len(rows) <= self.exact_rows else "PQ"
     if not self._new and kind == self.kind and self.rows.equals(rows): return False
     new = {p: (i, j) for i, (paths, _) in enumerate(self._new) for j, p in enumerate(paths)}
     fresh = np.array([p in new for p in rows.path], bool)
@@ -198,7 +198,7 @@ def finish(self:LocalStore,
     x[~fresh] = self.take(rows.path[~fresh].tolist()) if (~fresh).any() else 0
     x[fresh] = [self._new[i][1][j] for i, j in (new[p] for p in rows.path[fresh])] if fresh.any() else 0
     self.rows, self.vectors, self._new, self._codes, self._numbers = rows.reset_index(drop=True), vector_index(x, self.exact_rows), [], {}, None
-    self.recall = tune(self.vectors, x, ask()) if kind == "IVF" else 1.
+    self.recall = tune(self.vectors, x, ask()) if kind == "PQ" else 1.
     return True
 
 # %% ../nbs/76_store.ipynb #8aa0b09d
@@ -224,11 +224,11 @@ def nearest(self:LocalStore,
     left = len(self) if keep is None else int(keep.sum())
     columns = [c for c in self.rows if c not in ("size", "mtime_ns")]
     if not left: return [self.rows.iloc[:0][columns].assign(score=[])] * len(q)
-    how = {}
+    index, how = self.vectors, {}
     if keep is not None:
-        bits = np.packbits(keep, bitorder="little"); selector = faiss.IDSelectorBitmap(bits)
-        how = {"params": faiss.SearchParametersIVF(sel=selector, nprobe=self.vectors.nlist) if self.kind == "IVF" else faiss.SearchParameters(sel=selector)}
-    score, row = self.vectors.search(np.ascontiguousarray(q, np.float32), min(k, left), **how)
+        index = faiss.downcast_index(index.refine_index) if self.kind == "PQ" else index
+        bits = np.packbits(keep, bitorder="little"); how = {"params": faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))}
+    score, row = index.search(np.ascontiguousarray(q, np.float32), min(k, left), **how)
     return [self.rows.iloc[r[r >= 0]][columns].assign(score=s[r >= 0].astype(float)) for s, r in zip(score, row)]
 
 # %% ../nbs/76_store.ipynb #34364d48
@@ -259,6 +259,6 @@ def read_store(
     for f in files.values():
         if not (folder/f["file"]).is_file() or digest(folder/f["file"]) != f["sha256"]: raise UserError(f"{folder}/{f['file']} is missing or damaged: build the index again")
     _parquet(); rows = pd.read_parquet(folder/files["rows"]["file"])
-    vectors = _ready(faiss.read_index(str(folder/files["vectors"]["file"]), getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)))
+    vectors = faiss.read_index(str(folder/files["vectors"]["file"]), getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))
     if len(rows) != vectors.ntotal: raise UserError(f"{folder} holds {len(rows)} rows and {vectors.ntotal} vectors: build the index again")
     return LocalStore(rows, vectors)
