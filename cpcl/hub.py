@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
 
 from .checkpoint import load_run, read_config
@@ -62,12 +63,14 @@ class CPCL(Encoder, PyTorchModelHubMixin, library_name="cpcl", license="mit", ta
         model.load_state_dict(state)
         return model.to(map_location).eval()
 
-    def generate_model_card(self, *args, **kwargs) -> ModelCard:
-        "The card: what it is, its results, how to use it, what it is not for."
-        data = ModelCardData(library_name="cpcl", license="mit", tags=["text-based-person-retrieval", "clip", "cpcl"], pipeline_tag="feature-extraction")
-        rows = "\n".join(f"| {m} | {v:.2f} |" for m, v in self.results.items())
-        table = f"Text to image on the {self.trained.get('split', '')} split of {self.trained.get('data', '')}, in percent, one run (seed {self.trained.get('seed')}):\n\n| | |\n|---|---|\n{rows}\n" if rows else "No result was recorded with this model.\n"
-        return ModelCard(f"""---
+# %% ../nbs/84_hub.ipynb #ca527c5a
+@patch
+def generate_model_card(self:CPCL, *args, **kwargs) -> ModelCard:
+    "The card: what it is, its results, how to use it, what it is not for."
+    data = ModelCardData(library_name="cpcl", license="mit", tags=["text-based-person-retrieval", "clip", "cpcl"], pipeline_tag="feature-extraction")
+    rows = "\n".join(f"| {m} | {v:.2f} |" for m, v in self.results.items())
+    table = f"Text to image on the {self.trained.get('split', '')} split of {self.trained.get('data', '')}, in percent, one run (seed {self.trained.get('seed')}):\n\n| | |\n|---|---|\n{rows}\n" if rows else "No result was recorded with this model.\n"
+    return ModelCard(f"""---
 {data.to_yaml()}
 ---
 # {self.model} CLIP fine-tuned with `{self.trained.get('preset', 'cpcl')}`

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from .core import UserError
 from .store import write_manifest
@@ -72,32 +73,36 @@ class MilvusStore:
         how = self.client.prepare_index_params(); how.add_index("vector", index_type="AUTOINDEX", metric_type="IP")
         self.client.create_collection(self.collection, schema=schema, index_params=how, consistency_level="Strong")
 
-    def table(self) -> pd.DataFrame: # every row; read page by page
-        "Path, size, time of change and columns of every row."
-        if self._known is not None: return self._known
-        rows = []
-        if self.exists():
-            pages = self.client.query_iterator(self.collection, batch_size=AT_ONCE, filter="", output_fields=["path", "size", "mtime_ns", "columns"])
-            while page := pages.next(): rows += [{k: r[k] for k in ("path", "size", "mtime_ns")} | r["columns"] for r in page]
-            pages.close()
-        self._known = pd.DataFrame(rows, columns=None if rows else ["path", "size", "mtime_ns"]).sort_values("path", ignore_index=True)
-        return self._known
-    def has(self, path:str) -> bool:
-        "Is this path in the index?"
-        return bool(self.client.get(self.collection, ids=[row_id(path)], output_fields=["id"]))
-    def take(self,
-        paths, # of rows
-    ) -> np.ndarray: # float32 `[n, D]`
-        "Their vectors; raises UserError for a path that is not there."
-        got, paths = {}, list(paths)
-        for i in range(0, len(paths), AT_ONCE): got |= {r["id"]: r["vector"] for r in self.client.get(self.collection, ids=[row_id(p) for p in paths[i:i + AT_ONCE]], output_fields=["vector"])}
-        gone = [p for p in paths if row_id(p) not in got]
-        if gone: raise UserError(f"{gone[0]!r} is not in the index")
-        return np.array([got[row_id(p)] for p in paths], np.float32)
+# %% ../nbs/78_milvus.ipynb #969a527b
+@patch
+def table(self:MilvusStore) -> pd.DataFrame: # every row; read page by page
+    "Path, size, time of change and columns of every row."
+    if self._known is not None: return self._known
+    rows = []
+    if self.exists():
+        pages = self.client.query_iterator(self.collection, batch_size=AT_ONCE, filter="", output_fields=["path", "size", "mtime_ns", "columns"])
+        while page := pages.next(): rows += [{k: r[k] for k in ("path", "size", "mtime_ns")} | r["columns"] for r in page]
+        pages.close()
+    self._known = pd.DataFrame(rows, columns=None if rows else ["path", "size", "mtime_ns"]).sort_values("path", ignore_index=True)
+    return self._known
+
+@patch
+def has(self:MilvusStore, path:str) -> bool:
+    "Is this path in the index?"
+    return bool(self.client.get(self.collection, ids=[row_id(path)], output_fields=["id"]))
+
+@patch
+def take(self:MilvusStore,
+    paths, # of rows
+) -> np.ndarray: # float32 `[n, D]`
+    "Their vectors; raises UserError for a path that is not there."
+    got, paths = {}, list(paths)
+    for i in range(0, len(paths), AT_ONCE): got |= {r["id"]: r["vector"] for r in self.client.get(self.collection, ids=[row_id(p) for p in paths[i:i + AT_ONCE]], output_fields=["vector"])}
+    gone = [p for p in paths if row_id(p) not in got]
+    if gone: raise UserError(f"{gone[0]!r} is not in the index")
+    return np.array([got[row_id(p)] for p in paths], np.float32)
 
 # %% ../nbs/78_milvus.ipynb #31a24d49
-from fastcore.basics import patch
-
 @patch
 def add(self:MilvusStore,
     rows:pd.DataFrame, # new or changed ones: path, size, mtime_ns, columns
@@ -125,6 +130,7 @@ def finish(self:MilvusStore,
     if gone or len(other): self._known = None
     return bool(gone or len(other))
 
+# %% ../nbs/78_milvus.ipynb #3a39f126
 @patch
 def nearest(self:MilvusStore,
     q:np.ndarray, # float32 `[Q, D]` unit rows

@@ -20,6 +20,7 @@ from fastcore.basics import patch, patch_to
 from .checkpoint import load_run
 from .core import UserError, progress, unit
 from .data import Split, read_image
+from .explore import Finder
 from .loader import pixels_of, to_tensor
 from .milvus import MilvusStore
 from .store import EXACT_ROWS, LocalStore, digest, list_images, read_columns, read_manifest, read_store
@@ -243,5 +244,4 @@ def explore(self:Index,
     k:int=12, # images to begin with
 ): # widgets, for a notebook
     "Search in the notebook: a sentence box, filters, more like this, marks (ipywidgets)."
-    from cpcl.explore import Finder
     return Finder(self, k).box

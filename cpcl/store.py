@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from .core import UserError, atomic_path
 from .data import Split
@@ -76,6 +77,7 @@ def vector_index(
     for start in range(0, n, 65_536): codes.add(x[start:start + 65_536]); rows.add(x[start:start + 65_536])
     return faiss.IndexRefine(codes, rows)
 
+# %% ../nbs/76_store.ipynb #afe2aca6
 def true_nearest(
     x:np.ndarray, # float32 `[N, D]` unit rows
     ask:np.ndarray, # float32 `[Q, D]` unit rows
@@ -161,29 +163,36 @@ class LocalStore:
     def table(self) -> pd.DataFrame: # every row
         "Path, size, time of change and columns of every row."
         return self.rows
-    def _number(self, path):
-        if self._numbers is None: self._numbers = dict(zip(self.rows.path, range(len(self.rows))))
-        return self._numbers.get(path)
-    def has(self, path:str) -> bool:
-        "Is this path in the index?"
-        return self._number(path) is not None
-    def take(self,
-        paths, # of rows
-    ) -> np.ndarray: # float32 `[n, D]`
-        "Their vectors; raises UserError for a path that is not there."
-        numbers = [self._number(p) for p in paths]
-        if None in numbers: raise UserError(f"{list(paths)[numbers.index(None)]!r} is not in the index")
-        return self.vectors.reconstruct_batch(np.array(numbers, np.int64)) if numbers else np.zeros((0, self.vectors.d), np.float32)
-    def add(self,
-        rows:pd.DataFrame, # new or changed ones
-        x:np.ndarray, # float32 `[n, D]` unit rows
-    ):
-        "Remember vectors for `finish`."
-        if len(rows): self._new.append((rows.path.tolist(), x))
+
+# %% ../nbs/76_store.ipynb #33bdb15d
+@patch
+def _number(self:LocalStore, path):
+    if self._numbers is None: self._numbers = dict(zip(self.rows.path, range(len(self.rows))))
+    return self._numbers.get(path)
+
+@patch
+def has(self:LocalStore, path:str) -> bool:
+    "Is this path in the index?"
+    return self._number(path) is not None
+
+@patch
+def take(self:LocalStore,
+    paths, # of rows
+) -> np.ndarray: # float32 `[n, D]`
+    "Their vectors; raises UserError for a path that is not there."
+    numbers = [self._number(p) for p in paths]
+    if None in numbers: raise UserError(f"{list(paths)[numbers.index(None)]!r} is not in the index")
+    return self.vectors.reconstruct_batch(np.array(numbers, np.int64)) if numbers else np.zeros((0, self.vectors.d), np.float32)
+
+@patch
+def add(self:LocalStore,
+    rows:pd.DataFrame, # new or changed ones
+    x:np.ndarray, # float32 `[n, D]` unit rows
+):
+    "Remember vectors for `finish`."
+    if len(rows): self._new.append((rows.path.tolist(), x))
 
 # %% ../nbs/76_store.ipynb #bcc7d164
-from fastcore.basics import patch
-
 @patch
 def finish(self:LocalStore,
     rows:pd.DataFrame, # what the index shall hold

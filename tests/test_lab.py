@@ -1,6 +1,5 @@
 "The tutorial in a real JupyterLab: opened, run as a reader runs it, no cell ends in an error (chromium, Playwright); skipped by name where they are missing."
 import json, os, re, secrets, shutil, signal, subprocess, sys, time
-from pathlib import Path
 
 import pytest
 
