@@ -28,6 +28,7 @@ from .data import detect, has_split, load_split
 from .encoder import EncoderConfig
 from .eval import METRICS, QueryScores
 from .labels import LabelConfig
+from .oplm import OPLMConfig
 from .stats import paired_bootstrap
 from .synth import SynthWorld, checksum, write_synth
 from .train import environment, load_run, score_split, train_run
@@ -56,8 +57,9 @@ def fingerprint(
     return f"{Path(root).name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 def _used(cfg):
-    "A configuration without what a run of it never reads: the preset's name, and clustering and mining where labels do not come from clusters."
+    "A configuration without what a run of it never reads: the preset's name, clustering and mining where labels do not come from clusters, how to mine where nothing is mined."
     labels = cfg.labels if cfg.labels.source in ("clusters", "image") else LabelConfig(source=cfg.labels.source, mates=cfg.labels.mates)
+    if labels.oplm.stages == "none": labels = replace(labels, oplm=OPLMConfig(stages="none"))
     return replace(cfg, preset="", labels=labels)
 
 def answers(

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['state_tensors', 'save_state', 'load_state', 'write_json', 'read_history', 'write_history', 'start_run', 'read_config',
-           'load_run']
+           'encoder_file', 'load_run']
 
 # %% ../nbs/66_checkpoint.ipynb #91f20e29
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .config import TrainConfig, config_dict, config_from
 from .core import UserError, atomic_path
-from .encoder import Encoder
+from .encoder import Encoder, load_encoder, read_weights
 
 # %% ../nbs/66_checkpoint.ipynb #b0145a26
 def state_tensors(
@@ -121,14 +122,25 @@ def read_config(
     except (ValueError, KeyError, TypeError) as e: raise UserError(f"{path}: {e}") from None
 
 # %% ../nbs/66_checkpoint.ipynb #7e01cd47
+def encoder_file(
+    run, # run folder, or the folder of a published model
+    which:str="last", # "last" or "best"; a published model has one
+) -> Path: # a safetensors file
+    "Where the weights of a run lie; raises UserError (ours)."
+    tries = [Path(run)/f"{which}.safetensors", Path(run)/"model.safetensors"]
+    for path in tries:
+        if path.is_file(): return path
+    raise UserError(f"{run} has no {tries[0].name}: it is no run, or has not finished an epoch")
+
 def load_run(
-    run, # run folder
+    run, # run folder, or the folder of a published model
     which:str="last", # "last" or "best"
 ) -> Encoder: # in eval mode
     "The encoder of a run; raises UserError (ours)."
-    from cpcl.encoder import load_encoder
-    from dataclasses import replace
-    path = Path(run)/f"{which}.safetensors"
-    cfg = read_config(run).encoder
-    if not path.is_file(): raise UserError(f"{run} has no {which}.safetensors: it has not finished an epoch")
-    return load_encoder(replace(cfg, pretrained=str(path)))
+    path = encoder_file(run, which)
+    if path.name != "model.safetensors": return load_encoder(replace(read_config(run).encoder, pretrained=str(path)))
+    try: said = json.loads((Path(run)/"config.json").read_text(encoding="utf8")); encoder = Encoder(said["model"], tuple(said["image_size"]))
+    except (OSError, ValueError, KeyError, TypeError): raise UserError(f"{run} has no config.json that names a model and an image_size") from None
+    try: encoder.load_state_dict(read_weights(path))
+    except RuntimeError: raise UserError(f"{path} does not fit {said['model']} at {said['image_size']}") from None
+    return encoder.eval()

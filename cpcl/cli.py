@@ -218,7 +218,7 @@ class Ablate:
 class Index:
     "Make a folder of person crops searchable, or bring its index up to date: only what is new or changed is encoded. For images you have the right to search."
     folder: tyro.conf.Positional[str] # of crops; folders in it are looked through
-    encoder: Annotated[str, tyro.conf.arg(name="run")] # run folder whose encoder is taken
+    encoder: Annotated[str, tyro.conf.arg(name="run")] # run folder whose encoder is taken, or the folder of a published model
     out: str # folder of the index
     columns: str = "" # CSV with a column `path` and others to filter by, e.g. camera
     batch_size: int = 128 # images a step

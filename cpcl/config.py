@@ -122,13 +122,13 @@ def override(
 # %% ../nbs/64_config.ipynb #f50c4220
 IMAGE_MIN_SAMPLES = {"cuhk-pedes": 2, "rstpreid": 3, "icfg-pedes": 4, "own": 2}
 SMALL_SET = 5000 # images
-SMALL_CLUSTERS = {"labels.image.k1": 6, "labels.image.k2": 2, "labels.image.eps": .5, "labels.caption.k1": 12, "labels.caption.k2": 4, "labels.caption.eps": .5, "labels.caption.min_samples": 4}
+SMALL_CLUSTERS = {"labels.image.k1": 6, "labels.image.k2": 2, "labels.image.eps": .5, "labels.caption.k1": 12, "labels.caption.k2": 4, "labels.caption.eps": .5, "labels.caption.min_samples": 4, "labels.oplm.support": 3}
 
 def data_settings(
     name:str, # the data set's name
     images:int, # unique training images
 ) -> dict: # overrides for `override`
-    "Clustering settings that follow the data set (Cluster Contrast's values; those for small sets are ours)."
+    "Settings of clustering and mining that follow the data set (Cluster Contrast's values; those for small sets are ours)."
     found = {"labels.image.min_samples": IMAGE_MIN_SAMPLES.get(name, 2)}
     return found | (SMALL_CLUSTERS if images < SMALL_SET else {})
 

@@ -20,11 +20,13 @@ class OPLMConfig:
     "Settings of outlier pseudo label mining (CPCL's OPLM; the rule is ours)."
     stages:Literal["none", "one-stage", "two-stage"] = "two-stage" # two-stage: captions see the labels mined for images
     min_sim:float|None = None # cosine below which a candidate is too far to lend its label, -1 to 1; None takes any
+    support:int = 1 # candidates of one label that an outlier must meet before it takes that label
     def __post_init__(self):
         if self.stages not in ("none", "one-stage", "two-stage"):
             raise UserError(f'stages must be "none", "one-stage" or "two-stage", got {self.stages!r}')
         if self.min_sim is not None and not -1 <= self.min_sim <= 1:
             raise UserError(f"min_sim is a cosine and must lie in -1..1, or be None, got {self.min_sim!r}")
+        if self.support < 1: raise UserError(f"support counts candidates and must be 1 or more, got {self.support!r}")
 
 # %% ../nbs/32_oplm.ipynb #90ba3588
 def _meetings(rows, groups, cand_rows, cand_groups):
@@ -42,12 +44,20 @@ def _meetings(rows, groups, cand_rows, cand_groups):
         start = stop
 
 # %% ../nbs/32_oplm.ipynb #f3d90153
-def _adopt(x, labels, rows, groups, cand_rows, cand_groups, min_sim):
+def _supported(row, label, cand, support):
+    "bool `[n]`: does the row meet so many different candidates of this label?"
+    met = np.unique(np.stack([row, label, cand]), axis=1)[:2] # a candidate met twice is one
+    pairs, votes = np.unique(met, axis=1, return_counts=True); width = label.max(initial=0) + 1
+    enough = pairs[:, votes >= support]
+    return np.isin(row * width + label, enough[0] * width + enough[1])
+
+def _adopt(x, labels, rows, groups, cand_rows, cand_groups, min_sim, support=1):
     "New labels: each outlier in `rows` takes the label of the most similar candidate it shares a group with."
     mined = labels.copy()
     for row, cand in _meetings(rows, groups, cand_rows, cand_groups):
         sim = pair_dots(x, row, cand).astype(np.float32)
         if min_sim is not None: row, cand, sim = (a[sim >= min_sim] for a in (row, cand, sim))
+        if support > 1: row, cand, sim = (a[_supported(row, labels[cand], cand, support)] for a in (row, cand, sim))
         order = np.lexsort((cand, -sim, row)); row, cand = row[order], cand[order]
         best = np.r_[True, row[1:] != row[:-1]][:len(row)]
         mined[row[best]] = labels[cand[best]]
@@ -72,13 +82,14 @@ def mine_images(
     labels_img:np.ndarray, # int64 `[N]`, -1 outlier
     labels_txt:np.ndarray, # int64 `[M]`, -1 outlier
     min_sim:float=None, # cosine below which a candidate is rejected
+    support:int=1, # candidates of one label that an outlier must meet
 ) -> np.ndarray: # int64 `[N]`: some outliers have a label now, all else is as before
     "Label outlier images through captions that share a text cluster (CPCL's OPLM; the rule is ours)."
     image_of, labels_img, labels_txt = _check(img, None, image_of, labels_img, labels_txt)
     said = labels_txt >= 0
     rows, groups = image_of[said], labels_txt[said] # each labelled caption puts its image in its text cluster
     out = labels_img[rows] < 0
-    return _adopt(img, labels_img, rows[out], groups[out], rows[~out], groups[~out], min_sim)
+    return _adopt(img, labels_img, rows[out], groups[out], rows[~out], groups[~out], min_sim, support)
 
 # %% ../nbs/32_oplm.ipynb #ff6f485c
 def mine_captions(
@@ -87,12 +98,13 @@ def mine_captions(
     labels_img:np.ndarray, # int64 `[N]`, -1 outlier; already mined in the two-stage form
     labels_txt:np.ndarray, # int64 `[M]`, -1 outlier
     min_sim:float=None, # cosine below which a candidate is rejected
+    support:int=1, # candidates of one label that an outlier must meet
 ) -> np.ndarray: # int64 `[M]`: some outliers have a label now, all else is as before
     "Label outlier captions through images that share an image label (CPCL's OPLM; the rule is ours)."
     image_of, labels_img, labels_txt = _check(None, txt, image_of, labels_img, labels_txt)
     rows, groups = np.arange(len(image_of)), labels_img[image_of]
     out, ok = (labels_txt < 0) & (groups >= 0), (labels_txt >= 0) & (groups >= 0)
-    return _adopt(txt, labels_txt, rows[out], groups[out], rows[ok], groups[ok], min_sim)
+    return _adopt(txt, labels_txt, rows[out], groups[out], rows[ok], groups[ok], min_sim, support)
 
 # %% ../nbs/32_oplm.ipynb #b4b244c7
 def mine(
@@ -101,14 +113,14 @@ def mine(
     image_of:np.ndarray, # int64 `[M]`, a(j): the image row of caption j
     labels_img:np.ndarray, # int64 `[N]` from clustering, -1 outlier
     labels_txt:np.ndarray, # int64 `[M]` from clustering, -1 outlier
-    cfg:OPLMConfig=OPLMConfig(), # stages, min_sim
+    cfg:OPLMConfig=OPLMConfig(), # stages, min_sim, support
 ) -> tuple[np.ndarray, np.ndarray]: # (labels_img, labels_txt), new arrays; what was >= 0 is as it was
     "Outlier pseudo label mining: image outliers through captions, caption outliers through images (CPCL's OPLM)."
     _check(img, txt, image_of, labels_img, labels_txt)
     if cfg.stages == "none": return np.array(labels_img), np.array(labels_txt)
-    images = mine_images(img, image_of, labels_img, labels_txt, cfg.min_sim)
+    images = mine_images(img, image_of, labels_img, labels_txt, cfg.min_sim, cfg.support)
     seen = images if cfg.stages == "two-stage" else labels_img
-    return images, mine_captions(txt, image_of, seen, labels_txt, cfg.min_sim)
+    return images, mine_captions(txt, image_of, seen, labels_txt, cfg.min_sim, cfg.support)
 
 # %% ../nbs/32_oplm.ipynb #73a857ce
 def mining_report(

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch, patch_to
 
-from .checkpoint import load_run
+from .checkpoint import encoder_file, load_run
 from .core import UserError, progress, unit
 from .data import Split, read_image
 from .explore import Finder
@@ -77,8 +77,8 @@ class Index:
     def encoder(self): # in eval mode
         "The towers; raises UserError if the run has other weights than the index."
         if self._encoder is None:
-            weights = Path(self.manifest["run"])/"last.safetensors"
-            if not weights.is_file(): raise UserError(f"the run {self.manifest['run']} of this index has no last.safetensors: give its new place with --run")
+            try: weights = encoder_file(self.manifest["run"])
+            except UserError as e: raise UserError(f"{e}; if the run of this index was moved, give its new place with --run") from None
             if digest(weights) != self.manifest["weights"]: raise UserError(f"{weights} holds other weights than those the index was made with: build the index again")
             self._encoder = load_run(self.manifest["run"])
         return self._encoder
@@ -137,7 +137,7 @@ def _few(column):
 @patch_to(Index, cls_method=True)
 def build(cls,
     folder, # of image crops, or a `Split`
-    run, # run folder whose last encoder is taken
+    run, # run folder whose last encoder is taken, or the folder of a published model
     out, # folder of the index; an older index of the same folder and weights is extended
     columns=None, # CSV file or DataFrame with a column `path`
     batch_size:int=128, # images a step
@@ -149,10 +149,9 @@ def build(cls,
     "Encode what is new or changed, drop what is gone; raises UserError (ours)."
     found, folder = list_images(folder), Path(folder.root if isinstance(folder, Split) else folder).resolve()
     run, out, uri = Path(run).resolve(), Path(out), _address(store)
-    weights, load = run/"last.safetensors", cache(lambda: load_run(run))
+    load = cache(lambda: load_run(run))
     told = found if columns is None else found.join(read_columns(columns), on="path").fillna("")
-    if not weights.is_file(): raise UserError(f"{run} has no last.safetensors: it is no run, or has not finished an epoch")
-    weights = digest(weights); manifest, place = cls._store(out, uri, folder, weights, exact_rows)
+    weights = digest(encoder_file(run)); manifest, place = cls._store(out, uri, folder, weights, exact_rows)
     known = place.table(); same, todo = _todo(found, known, manifest.get("unreadable", []))
     done = _encoded(place, told, todo, folder, load, batch_size, workers); rows = told[same | done].reset_index(drop=True)
     if not len(rows): raise UserError(f"none of the {len(found)} images in {folder} can be read")
