@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from .checkpoint import read_config, read_history, write_json
-from .config import TrainConfig, config_dict, config_from, make_config
+from .config import MemoryConfig, TrainConfig, config_dict, config_from, make_config
 from .core import UserError, atomic_path, peak_memory, repo_root
 from .data import detect, has_split, load_split
 from .encoder import EncoderConfig
@@ -57,10 +57,12 @@ def fingerprint(
     return f"{Path(root).name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 def _used(cfg):
-    "A configuration without what a run of it never reads: the preset's name, clustering and mining where labels do not come from clusters, how to mine where nothing is mined."
+    "A configuration without what a run of it never reads: the preset's name, clustering and mining where labels do not come from clusters, how to mine where nothing is mined, prototypes where no loss meets them."
     labels = cfg.labels if cfg.labels.source in ("clusters", "image") else LabelConfig(source=cfg.labels.source, mates=cfg.labels.mates)
     if labels.oplm.stages == "none": labels = replace(labels, oplm=OPLMConfig(stages="none"))
-    return replace(cfg, preset="", labels=labels)
+    hcm, memory = cfg.hcm, cfg.memory
+    if hcm.pcm == "none" or not hcm.lam: hcm, memory = replace(hcm, pcm="none", lam=0., tau_p=1.), MemoryConfig()
+    return replace(cfg, preset="", labels=labels, hcm=hcm, memory=memory)
 
 def answers(
     record:dict, # a record
@@ -227,11 +229,11 @@ def seed_table(
 def mean_table(
     records:list, # what `run_missing` gave
     which:str="last", # "last" or "best"
-) -> pd.DataFrame: # a row a method, "mean ± deviation"
+) -> pd.DataFrame: # a row a method, "mean ± deviation"; of a single seed there is no deviation
     "Mean and sample deviation over seeds (ours)."
     groups = seed_table(records, which).groupby("method", sort=False)[list(METRICS)]
     mean, deviation = groups.mean(), groups.std()
-    return pd.DataFrame({m: [f"{a:.2f} ± {b:.2f}" for a, b in zip(mean[m], deviation[m])] for m in METRICS}, index=mean.index)
+    return pd.DataFrame({m: [f"{a:.2f} ± {b:.2f}" if b == b else f"{a:.2f}" for a, b in zip(mean[m], deviation[m])] for m in METRICS}, index=mean.index)
 
 # %% ../nbs/74_ablate.ipynb #6af7d752
 def val_table(
