@@ -90,7 +90,7 @@ class Index:
     ): # an Index
         "Read an index; raises UserError for a damaged one, or where its server does not answer (ours)."
         manifest = read_manifest(folder, (FORMAT,))
-        store = MilvusStore(manifest["store"], manifest["collection"]) if manifest["store"] else read_store(folder, manifest["files"])
+        store = MilvusStore(manifest["store"], manifest["collection"]) if manifest["store"] else read_store(folder, manifest["files"], manifest["recall"])
         if manifest["store"] and not store.exists(): raise UserError(f"{manifest['store']} holds no collection {manifest['collection']}: build the index again")
         return cls(manifest | ({"run": str(Path(run).resolve())} if run else {}), store)
 

@@ -146,15 +146,15 @@ def read_manifest(
 # %% ../nbs/76_store.ipynb #86b034ad
 class LocalStore:
     "Rows and vectors in files of one folder (faiss, Parquet)."
-    uri = "" # no server
     def __init__(self,
         rows:pd.DataFrame=None, # path, size, mtime_ns, columns; none to begin with
         vectors=None, # a faiss index, rows in the same order
         exact_rows:int=EXACT_ROWS, # up to so many rows every row is compared
+        recall:float=1., # that was measured, 0..1
     ):
         _parquet()
         self.rows = pd.DataFrame({"path": [], "size": [], "mtime_ns": []}) if rows is None else rows
-        self.vectors, self.exact_rows, self.recall, self._new, self._codes, self._numbers = vectors, exact_rows, 1., [], {}, None
+        self.vectors, self.exact_rows, self.recall, self._new, self._codes, self._numbers = vectors, exact_rows, recall, [], {}, None
     def __len__(self): return len(self.rows)
     @property
     def kind(self): # "Flat" or "PQ"
@@ -200,7 +200,9 @@ def finish(self:LocalStore,
 ) -> bool: # whether anything is different now
     "Put rows and vectors together (ours)."
     kind = "Flat" if len(rows) <= self.exact_rows else "PQ"
-    if not self._new and kind == self.kind and self.rows.equals(rows): return False
+    if not self._new and kind == self.kind and self.rows.path.tolist() == rows.path.tolist(): # the vectors stay as they are
+        told, self.rows, self._codes = self.rows, rows.reset_index(drop=True), {}
+        return not told.equals(self.rows)
     new = {p: (i, j) for i, (paths, _) in enumerate(self._new) for j, p in enumerate(paths)}
     fresh = np.array([p in new for p in rows.path], bool)
     x = np.empty((len(rows), self._new[0][1].shape[1] if self._new else self.vectors.d), np.float32)
@@ -261,6 +263,7 @@ def write(self:LocalStore,
 def read_store(
     folder, # of the index
     files:dict, # of its manifest
+    recall:float=1., # of its manifest
 ) -> LocalStore:
     "The rows and vectors a manifest names; raises UserError where they are not as written (ours)."
     import faiss
@@ -270,4 +273,4 @@ def read_store(
     _parquet(); rows = pd.read_parquet(folder/files["rows"]["file"])
     vectors = faiss.read_index(str(folder/files["vectors"]["file"]), getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))
     if len(rows) != vectors.ntotal: raise UserError(f"{folder} holds {len(rows)} rows and {vectors.ntotal} vectors: build the index again")
-    return LocalStore(rows, vectors)
+    return LocalStore(rows, vectors, recall=recall)
