@@ -17,7 +17,7 @@ def lab(tmp_path_factory):
     "(address of a JupyterLab over a copy of the tutorial, its folder)"
     folder, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copy(ROOT / "nbs" / "tutorials" / NOTEBOOK, folder)
-    env = {**os.environ, "CPCL_FAST": "1", "IN_TEST": "1", "JUPYTER_CONFIG_DIR": str(folder / ".config"), "JUPYTER_DATA_DIR": str(folder / ".data"), "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings")}
+    env = {**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, "CPCL_FAST": "1", "JUPYTER_CONFIG_DIR": str(folder / ".config"), "JUPYTER_DATA_DIR": str(folder / ".data"), "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--port=0", "--allow-root", f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}", "--LabApp.news_url=None"]
     with open(folder / "lab.log", "w") as log: server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
