@@ -188,7 +188,8 @@ def run_notebook(
     tries = [Path(notebook), (repo_root() or Path("."))/"nbs"/"ablations"/f"{Path(notebook).stem}.ipynb"]
     path = next((p for p in tries if p.is_file()), None)
     if path is None: raise UserError(f"no notebook {notebook}; there are: {', '.join(sorted(p.stem for p in tries[1].parent.glob('*.ipynb'))) or 'none here'}")
-    nb = nbformat.read(path, 4)
+    try: nb = nbformat.read(path, 4)
+    except Exception as e: raise UserError(f"{path} is no notebook ({type(e).__name__}): give one of nbs/ablations") from None
     client = Live(nb, timeout=None, kernel_name="python3", record_timing=False, extra_arguments=["--IPKernelApp.log_level=ERROR"], resources={"metadata": {"path": str(path.parent)}})
     with mock.patch.dict(os.environ, {"CPCL_RUN": "1"}):
         try: client.execute()

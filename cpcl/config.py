@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'IMAGE_MIN_SAMPLES', 'SMALL_SET', 'SMALL_CLUSTERS', 'SCHED
 # %% ../nbs/64_config.ipynb #5e30b8eb
 import dataclasses, math, types, typing
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from .core import UserError
 from .encoder import EncoderConfig
@@ -27,12 +28,16 @@ class OptimConfig:
     weight_decay:float = 4e-5 # on everything but biases
     bias_lr:float = 2. # biases learn at this many times lr
     adam_eps:float = 1e-8 # the field's repositories say 1e-3, which hides fp16 trouble
+    clip_norm:float = 1000. # a longer gradient is shortened to this
+    precision:Literal["auto", "fp32", "bf16", "fp64"] = "auto" # auto: bf16 towers on a GPU that computes with them, else fp32; fp64: to compare last digits
+    deterministic:bool = False # on a GPU: the same bits every time, slower; a processor repeats itself anyway
     def __post_init__(self):
-        for name in ("lr", "epochs", "batch_size", "bias_lr", "adam_eps"):
-            if not getattr(self, name) > 0: raise UserError(f"optim.{name} must be above 0, got {getattr(self, name)}")
+        for name in ("lr", "epochs", "batch_size", "bias_lr", "adam_eps", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf: raise UserError(f"optim.{name} must be above 0, got {getattr(self, name)}")
         if self.batch_size < 2: raise UserError(f"optim.batch_size must be at least 2 (a pair needs another to differ from), got {self.batch_size}")
         if not 0 <= self.warmup <= self.epochs: raise UserError(f"optim.warmup must lie in 0..epochs={self.epochs}, got {self.warmup}")
-        if self.weight_decay < 0: raise UserError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        if not 0 <= self.weight_decay < math.inf: raise UserError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        if self.precision not in ("auto", "fp32", "bf16", "fp64"): raise UserError(f"optim.precision must be auto, fp32, bf16 or fp64, got {self.precision!r}")
 
 # %% ../nbs/64_config.ipynb #4853c184
 def learning_rate(
@@ -67,6 +72,8 @@ class TrainConfig:
     memory:MemoryConfig = MemoryConfig() # PMM
     hcm:HCMConfig = HCMConfig() # losses
     chm_after:float = 1 / 3 # the hard margin of `icpg` starts after this share of the epochs
+    def __post_init__(self):
+        if not 0 <= self.chm_after <= 1: raise UserError(f"chm_after is a share of the epochs and must lie in 0..1, got {self.chm_after}")
 
 # %% ../nbs/64_config.ipynb #9f454ad7
 PRESETS = {
@@ -89,7 +96,8 @@ def _cast(value, kind, name):
         if value is None or value == "none": return None
         kind = next(o for o in options if o is not type(None))
     if kind in (tuple, list) or typing.get_origin(kind) in (tuple, list):
-        return tuple(float(v) for v in (value.split(",") if isinstance(value, str) else value))
+        try: return tuple(float(v) for v in (value.split(",") if isinstance(value, str) else value))
+        except (TypeError, ValueError): raise UserError(f"{name} must be numbers with a comma between them, got {value!r}") from None
     if typing.get_origin(kind) in (typing.Union, types.UnionType): # a number or a word: the first that fits
         for option in options:
             try: return option(value)
@@ -97,15 +105,17 @@ def _cast(value, kind, name):
     if kind is bool:
         if str(value).lower() not in ("true", "false", "0", "1"): raise UserError(f"{name} must be true or false, got {value!r}")
         return str(value).lower() in ("true", "1")
+    said = {int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__)
     try: cast = kind(value)
-    except (TypeError, ValueError): raise UserError(f"{name} must be {kind.__name__}, got {value!r}") from None
-    if kind is int and float(value) != cast: raise UserError(f"{name} must be a whole number, got {value!r}")
+    except (TypeError, ValueError): raise UserError(f"{name} must be {said}, got {value!r}") from None
+    if kind is int and float(value) != cast: raise UserError(f"{name} must be {said}, got {value!r}")
     return cast
 
 # %% ../nbs/64_config.ipynb #e65e409c
 def override(
     cfg, # a (nested) frozen dataclass
     changes:dict, # dotted field name -> value, as text or already of its type
+    inside:str="", # the group that `cfg` is, with its dot, for messages
 ): # a new configuration
     "Change fields by dotted name; raises UserError for an unknown name, a wrong type or a value out of range (ours)."
     for name, value in changes.items():
@@ -113,9 +123,9 @@ def override(
         hints = typing.get_type_hints(type(cfg))
         if head not in hints: raise UserError(f"no setting {head!r} here; there are: {', '.join(hints)}")
         if rest and not dataclasses.is_dataclass(hints[head]): raise UserError(f"{head} is a setting, not a group: there is no {name}")
-        if rest: value = override(getattr(cfg, head), {rest: value})
+        if rest: value = override(getattr(cfg, head), {rest: value}, f"{inside}{head}.")
         elif dataclasses.is_dataclass(hints[head]): raise UserError(f"{head} is a group of settings: give {head}.NAME=VALUE")
-        else: value = _cast(value, hints[head], name)
+        else: value = _cast(value, hints[head], inside + name)
         cfg = replace(cfg, **{head: value})
     return cfg
 
@@ -151,6 +161,7 @@ def make_config(
     "Schedule, data, preset, then changes, in this order (ours)."
     if preset not in PRESETS: raise UserError(f"no preset {preset!r}; there are: {', '.join(PRESETS)}")
     if schedule not in SCHEDULES: raise UserError(f"no schedule {schedule!r}; there are: {', '.join(SCHEDULES)}")
+    if changes and "preset" in changes: raise UserError("a preset is a whole set of settings: give --preset, not --set preset=")
     layers = SCHEDULES[schedule] | (data_settings(data, images) if images else {}) | PRESETS[preset] | (changes or {})
     return override(TrainConfig(preset=preset, encoder=encoder, seed=seed), _together(layers))
 
@@ -170,6 +181,7 @@ def config_from(
     kind:type=TrainConfig, # the dataclass to make
 ): # the configuration
     "Rebuild a configuration; raises UserError for an unknown or ill-typed field (ours)."
+    if not isinstance(values, dict): raise UserError(f"{kind.__name__} must be a group of settings, got {values!r}")
     hints, made = typing.get_type_hints(kind), {}
     for name, value in values.items():
         if name not in hints: raise UserError(f"this version knows no setting {name!r} in {kind.__name__}: the run was made by another version")

@@ -58,7 +58,7 @@ SPLITS_PUBLISHED = { # what the authors of each set report
 # %% ../nbs/10_data.ipynb #abd482c3
 def _folder(root):
     root = Path(os.path.abspath(os.path.expanduser(root)))
-    if not root.is_dir(): raise UserError(f"no such folder: {root}")
+    if not root.is_dir(): raise UserError(f"no such folder: {root}; check the path")
     return root
 
 def _annotation_file(root, name):
@@ -90,25 +90,38 @@ def detect(
 def _text(file):
     try: return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e: raise UserError(f"{file} is not UTF-8 (byte {e.start}): save it as UTF-8") from None
-    except OSError as e: raise UserError(f"cannot read {file}: {e.strerror}") from None
+    except OSError as e: raise UserError(f"cannot read {file}: {e.strerror}; see to it and try again") from None
+
+def _short(x, n=60):
+    "What somebody wrote, quoted, and cut where it is long."
+    try: text = repr(x)
+    except RecursionError: return "something nested too deeply"
+    return text if len(text) <= n else text[:n] + " ..."
+
+def _once(pairs):
+    "An object from its pairs; a key that stands twice would hide a value."
+    found = dict(pairs)
+    if len(found) == len(pairs): return found
+    keys = [k for k, _ in pairs]
+    raise ValueError(f"the key {_short(next(k for k in keys if keys.count(k) > 1))} stands twice in {_short(found)}")
 
 def _json(text, file, line=1):
     "Parse one JSON text; `line` is where in `file` it begins."
-    try: return json.loads(text)
+    try: return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as e: at, why = f"line {e.lineno + line - 1}, column {e.colno}", e.msg
     except RecursionError: at, why = f"line {line}", "nested too deeply"
-    except ValueError as e: at, why = f"line {line}", str(e)
-    raise UserError(f"{file} is not valid JSON: {at}: {why}")
+    except ValueError as e: at, why = f"line {line}" if "\n" not in text.strip() else f"somewhere in its {len(text.splitlines()):,} lines", str(e)
+    raise UserError(f"{file} is not valid JSON: {at}: {why}; mend it or get the file again")
 
 # %% ../nbs/10_data.ipynb #19e08fe2
 def _check_path(p):
     "The relative path with `/` and without detours; raises UserError when it cannot lie inside the folder."
-    if not isinstance(p, str) or not p.strip(): raise UserError(f"the image must be a path, got {p!r}")
+    if not isinstance(p, str) or not p.strip(): raise UserError(f"the image must be a path, got {_short(p)}")
     q = p.strip().replace("\\", "/")
-    if q.startswith("/") or re.match("[A-Za-z]:", q): raise UserError(f"the path {p!r} is absolute; paths are relative to the folder")
-    if re.search("[\0-\x1f\x7f\u2028\u2029]", q) or not _is_unicode(q): raise UserError(f"the path {p!r} holds a character no file name should have")
+    if q.startswith("/") or re.match("[A-Za-z]:", q): raise UserError(f"the path {_short(p)} is absolute; paths are relative to the folder")
+    if re.search("[\0-\x1f\x7f\u2028\u2029]", q) or not _is_unicode(q): raise UserError(f"the path {_short(p)} holds a character no file name should have")
     q = posixpath.normpath(q)
-    if q in (".", "..") or q.startswith("../"): raise UserError(f"the path {p!r} leaves the folder")
+    if q in (".", "..") or q.startswith("../"): raise UserError(f"the path {_short(p)} leaves the folder")
     return q
 
 def _is_unicode(text):
@@ -120,35 +133,35 @@ def _names(keys): # someone else's words, made fit for one line
 
 # %% ../nbs/10_data.ipynb #ffcf27d0
 def _check_caption(c):
-    if not isinstance(c, str): raise UserError(f"a caption must be text, got {c!r}")
+    if not isinstance(c, str): raise UserError(f"a caption must be text, got {_short(c)}")
     if not c.strip(): raise UserError("the caption is empty")
-    if not _is_unicode(c): raise UserError(f"the caption {c!r} is not valid Unicode")
+    if not _is_unicode(c): raise UserError(f"the caption {_short(c)} is not valid Unicode")
     return c
 
 def _check_split(s):
-    if s not in SPLIT_NAMES: raise UserError(f"unknown split {s!r} (there are {', '.join(SPLIT_NAMES)})")
+    if s not in SPLIT_NAMES: raise UserError(f"unknown split {_short(s)} (there are {', '.join(SPLIT_NAMES)})")
     return s
 
 def _check_id(p):
     if isinstance(p, bool) or not isinstance(p, int) or not -2**63 <= p < 2**63:
-        raise UserError(f"the id must be an integer of 64 bits, got {str(p)[:40]!r}")
+        raise UserError(f"the id must be an integer of 64 bits, got {_short(p)}")
     return p
 
 # %% ../nbs/10_data.ipynb #0aa00b44
 def _benchmark_records(file, name):
     "Yield (where, image, captions, person, split) for each record of a benchmark's JSON."
     key, data = "img_path" if name == "rstpreid" else "file_path", _json(_text(file), file)
-    if not isinstance(data, list): raise UserError(f"{file} must hold a list of records, got a {type(data).__name__}")
+    if not isinstance(data, list): raise UserError(f"{file} must hold a list of records, got a {type(data).__name__}: is it the right file?")
     for i, r in enumerate(data):
         try:
-            if not isinstance(r, dict): raise UserError(f"must be an object, got {str(r)[:40]!r}")
+            if not isinstance(r, dict): raise UserError(f"must be an object, got {_short(r)}")
             if missing := [k for k in (key, "captions", "id", "split") if k not in r]:
                 raise UserError(f"has no {' and no '.join(missing)} (its keys: {_names(r)})")
             if not isinstance(r["captions"], list) or not r["captions"]:
-                raise UserError(f"captions must be a list of texts, got {str(r['captions'])[:40]!r}")
+                raise UserError(f"captions must be a list of texts, got {_short(r['captions'])}")
             yield (f"record {i}", _check_path(r[key]), [_check_caption(c) for c in r["captions"]],
                    _check_id(r["id"]), _check_split(r["split"]))
-        except UserError as e: raise UserError(f"{file}, record {i} (from 0): {e}") from None
+        except UserError as e: raise UserError(f"{file}, record {i} (from 0): {e}; mend the record or leave it out") from None
 
 # %% ../nbs/10_data.ipynb #381f1d19
 def _own_rows(file):
@@ -166,7 +179,7 @@ def _own_rows(file):
         for row in reader:
             if None in row: raise UserError(f'{file}, line {reader.line_num}: more cells than columns; put a caption with a comma in "quotes"')
             yield reader.line_num, row
-    except csv.Error as e: raise UserError(f"{file}, line {reader.line_num}: {e}") from None
+    except csv.Error as e: raise UserError(f"{file}, line {reader.line_num}: {e}; mend it or save the table again") from None
 
 def _own_records(file):
     "Yield (where, image, captions, person, split) for each row of an own folder's file; None where a column is absent."
@@ -175,11 +188,11 @@ def _own_records(file):
             if not isinstance(r, dict) or "image" not in r or "caption" not in r: raise UserError("needs image and caption")
             person, split = r.get("person"), r.get("split")
             if isinstance(person, bool) or not isinstance(person, (str, int, type(None))):
-                raise UserError(f"the person must be text or an integer, got {str(person)[:40]!r}")
+                raise UserError(f"the person must be text or an integer, got {_short(person)}")
             yield (f"line {n}", _check_path(r["image"]), [_check_caption(r["caption"])],
                    None if person is None or not str(person).strip() else str(person).strip(),
                    None if split in (None, "") else _check_split(split))
-        except UserError as e: raise UserError(f"{file}, line {n}: {e}") from None
+        except UserError as e: raise UserError(f"{file}, line {n}: {e}; mend the line or leave it out") from None
 
 # %% ../nbs/10_data.ipynb #f169895a
 class _Annotation(NamedTuple):
@@ -193,11 +206,11 @@ def _assemble(records, file, own):
     for where, image, texts, person, split in records:
         row = rows.setdefault(image, len(rows))
         if row == len(facts): facts.append((person, split)); lines.append(where)
-        elif not own: raise UserError(f"{file}: {image} stands twice, in {lines[row]} and {where}")
+        elif not own: raise UserError(f"{file}: {image} stands twice, in {lines[row]} and {where}: keep one")
         elif facts[row] != (person, split):
-            raise UserError(f"{file}: {image} has one person and split in {lines[row]} and another in {where}")
+            raise UserError(f"{file}: {image} has one person and split in {lines[row]} and another in {where}: make them one")
         captions += texts; image_of += [row] * len(texts)
-    if not rows: raise UserError(f"{file} holds no records")
+    if not rows: raise UserError(f"{file} holds no records: is it the right file?")
     given = {split for _, split in facts}
     if None in given and len(given) > 1: raise UserError(f"{file}: some rows have a split and some have none; give all or none")
     where = np.array([SPLIT_NAMES.index(s or "train") for _, s in facts])
@@ -243,7 +256,7 @@ def _missing(root, prefix, images):
             try: found = e is not None and e.is_file()
             except OSError: found = False
             if not found: missing.append(p)
-            elif e.is_symlink() and _leaves(e.path): raise UserError(f"the image {e.path} is a link that leaves {root}")
+            elif e.is_symlink() and _leaves(e.path): raise UserError(f"the image {e.path} is a link that leaves {root}: copy the file there")
     return missing
 
 def _locate(root, name, images, what):
@@ -254,7 +267,7 @@ def _locate(root, name, images, what):
         if not missing[prefix]: return prefix
     prefix = min(missing, key=lambda p: len(missing[p])); gone = sorted(missing[prefix])
     raise UserError(f"{len(gone):,} of the {len(images):,} images of {what} are missing in {root/prefix}: "
-                    + ", ".join(gone[:5]) + (", ..." if len(gone) > 5 else ""))
+                    + ", ".join(gone[:5]) + (", ..." if len(gone) > 5 else "") + "; copy them there or mend the annotation")
 
 # %% ../nbs/10_data.ipynb #323c0660
 def load_split(
@@ -320,11 +333,12 @@ def read_image(
     Image.init()
     try:
         with Image.open(path, formats=[f for f in _FORMATS if f in Image.OPEN]) as im:
-            if im.width * im.height > MAX_PIXELS: raise UserError(f"{path} has {im.width} x {im.height} pixels, more than {MAX_PIXELS:,}")
+            if im.width * im.height > MAX_PIXELS: raise UserError(f"{path} has {im.width} x {im.height} pixels, more than {MAX_PIXELS:,}: make it smaller")
             im.load()
             try: ImageOps.exif_transpose(im, in_place=True)
             except Exception: pass # a damaged EXIF block says nothing about the pixels
             return _rgb(im)
     except UserError: raise
+    except Image.DecompressionBombError: raise UserError(f"{path} has far more than {MAX_PIXELS:,} pixels: make it smaller") from None
     except Exception as e: # decoders raise almost anything on damaged bytes
-        raise UserError(f"cannot read the image {path}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'damaged'}") from None
+        raise UserError(f"cannot read the image {path}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'damaged'}; put a whole image there, or take it out") from None

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .core import UserError, atomic_path, progress, repo_root
+from .core import UserError, at_least_float32, atomic_path, progress, repo_root
 from .loader import caption_loader, image_loader, pixels_of, to_tensor, tokenize
 
 # %% ../nbs/20_encoder.ipynb #b33cf1ab
@@ -35,6 +35,7 @@ class EncoderConfig:
     def __post_init__(self):
         if self.height < 0 or self.width < 0 or bool(self.height) != bool(self.width):
             raise UserError(f"give height and width both (or neither), got {self.height}x{self.width}")
+        if max(self.height, self.width) > 4096: raise UserError(f"images of at most 4096 pixels a side go through the towers, got {self.height}x{self.width}: give a smaller --height and --width")
         if self.pretrained == "tiny" and self.model != "tiny":
             raise UserError(f"the tiny CLIP's weights do not fit {self.model}: name its own, e.g. --pretrained openai")
     @property
@@ -112,7 +113,7 @@ class Encoder(nn.Module):
         image:torch.Tensor, # `[B, 3, H, W]` normalised with CLIP's mean and deviation
     ) -> torch.Tensor: # `[B, D]` unit rows
         "Image features (paper section 3)."
-        return F.normalize(self.clip.encode_image(image).float(), dim=-1)
+        return F.normalize(at_least_float32(self.clip.encode_image(image.to(self.clip.logit_scale.dtype))), dim=-1)
 
     def encode_text(self,
         tokens:torch.Tensor, # `[B, L]` int64, zero-padded, L up to `context_length`
@@ -121,8 +122,8 @@ class Encoder(nn.Module):
         if tokens.shape[1] > self.context_length: raise ValueError(f"{tokens.shape[1]} tokens, but the table has {self.context_length}")
         if hasattr(self.clip, "transformer"):
             grouped = tokens.device.type == "cpu" and len(tokens) > GROUP
-            return F.normalize((by_length(self._short_text, tokens) if grouped else self._short_text(tokens)).float(), dim=-1)
-        return F.normalize(self.clip.encode_text(F.pad(tokens, (0, self.context_length - tokens.shape[1]))).float(), dim=-1)
+            return F.normalize(at_least_float32(by_length(self._short_text, tokens) if grouped else self._short_text(tokens)), dim=-1)
+        return F.normalize(at_least_float32(self.clip.encode_text(F.pad(tokens, (0, self.context_length - tokens.shape[1])))), dim=-1)
 
     def _short_text(self, tokens):
         c, n = self.clip, tokens.shape[1]
@@ -213,7 +214,8 @@ def load_encoder(
     table = state.get("visual.positional_embedding")
     if table is not None:
         side = math.isqrt(len(table) - 1)
-        state["visual.positional_embedding"] = resize_positions(table, tuple(header.get("grid", (side, side))), encoder.grid)
+        try: state["visual.positional_embedding"] = resize_positions(table, tuple(header.get("grid", (side, side))), encoder.grid)
+        except ValueError as e: raise UserError(f"{path} does not fit {cfg.model}: {e}; only a file with our header says that its images were not square") from None
     want = encoder.clip.state_dict()
     wrong = sorted(k for k in want.keys() | state.keys() if k not in want or k not in state or want[k].shape != state[k].shape)
     if wrong: raise UserError(f"{path} does not fit {cfg.model}: {len(wrong)} tensors missing, left over or of another shape, e.g. {', '.join(wrong[:3])}")
@@ -246,15 +248,18 @@ def encode_rows(
     width:int, # D
     device=None, # where to compute; the model's own device if None
     desc:str="", # for the progress bar
-) -> np.ndarray: # float32 `[rows, width]`, unit rows in row order
+    add_up=lambda x: x, # sums a tensor over the processes that share the rows
+    dtype=torch.float32, # of the result; torch.float64 for a double encoder
+) -> np.ndarray: # `[rows, width]`, unit rows in row order
     "Encode whatever order a loader gives and write each feature to its own row (ours; ICPG appends and loses the order)."
-    out, seen = np.zeros((rows, width), np.float32), np.zeros(rows, bool)
+    out, seen = torch.zeros(rows, width, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
     for batch in progress(loader, desc):
-        row = np.asarray(batch["row"])
-        out[row] = encode(batch[key].to(device)).float().cpu().numpy()
-        seen[row] = True
-    if not seen.all(): raise ValueError(f"{(~seen).sum()} of {rows} rows never came, e.g. row {np.flatnonzero(~seen)[0]}")
-    return out
+        row = torch.as_tensor(batch["row"])
+        out[row] = encode(batch[key].to(device)).to("cpu", dtype)
+        seen[row] += 1
+    out, seen = add_up(out), add_up(seen)
+    if (seen != 1).any(): raise ValueError(f"{int((seen == 0).sum())} of {rows} rows never came and {int((seen > 1).sum())} came more than once, e.g. row {int((seen != 1).nonzero()[0])}")
+    return out.numpy()
 
 # %% ../nbs/20_encoder.ipynb #b7a616c0
 def features(
@@ -264,17 +269,20 @@ def features(
     workers:int=0, # loader processes
     cache=None, # a `PixelCache` of this split at the encoder's size, else images are decoded
     autocast:bool=False, # 16-bit brain floats where the device has them (CUDA)
+    rank:int=0, # this process, 0..world-1
+    world:int=1, # processes that share the rows; above 1 all of them call this
+    add_up=lambda x: x, # sums a tensor over them
 ) -> tuple: # img float32 `[N, D]`, txt float32 `[M, D]`: unit rows in row order
     "Encode every image and every caption of a split, in eval mode and without augmentation (paper section 3.2)."
-    device = next(encoder.parameters()).device
+    device, dtype = encoder.clip.logit_scale.device, torch.promote_types(encoder.clip.logit_scale.dtype, torch.float32)
     was_training = encoder.training
     encoder.eval()
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            images = image_loader(split, encoder.image_size, batch_size=batch_size, workers=workers, cache=cache)
-            img = encode_rows(encoder.encode_image, images, "image", len(split.images), encoder.width, device, "images")
-            captions = caption_loader(split, batch_size=2 * batch_size, context_length=encoder.context_length)
-            txt = encode_rows(encoder.encode_text, captions, "tokens", len(split.captions), encoder.width, device, "captions")
+            images = image_loader(split, encoder.image_size, batch_size=batch_size, workers=workers, cache=cache, rank=rank, world=world)
+            img = encode_rows(encoder.encode_image, images, "image", len(split.images), encoder.width, device, "images", add_up, dtype)
+            captions = caption_loader(split, batch_size=2 * batch_size, context_length=encoder.context_length, rank=rank, world=world)
+            txt = encode_rows(encoder.encode_text, captions, "tokens", len(split.captions), encoder.width, device, "captions", add_up, dtype)
     finally: encoder.train(was_training)
     return img, txt
 

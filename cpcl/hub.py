@@ -40,10 +40,11 @@ class CPCL(Encoder, PyTorchModelHubMixin, library_name="cpcl", license="mit", ta
     ): # a CPCL
         "The model of a run with its results; raises UserError (ours)."
         encoder, cfg = load_run(run, which), read_config(run)
-        result = Path(run)/"result.json"
-        found = json.loads(result.read_text(encoding="utf8")) if result.is_file() else {}
-        data = json.loads((Path(run)/"config.json").read_text(encoding="utf8")).get("data", {})
-        model = cls(model=encoder.model, image_size=list(encoder.image_size), results={m: found[which][m] for m in METRICS if m in found.get(which, {})},
+        result, config = Path(run)/"result.json", Path(run)/"config.json"
+        try: found = json.loads(result.read_text(encoding="utf8")) if result.is_file() else {}; score = dict(found.get(which, {}))
+        except (ValueError, TypeError, AttributeError): raise UserError(f"{result} is damaged: remove it, or resume the run, which writes it again") from None
+        data = json.loads(config.read_text(encoding="utf8")).get("data", {})
+        model = cls(model=encoder.model, image_size=list(encoder.image_size), results={m: score[m] for m in METRICS if m in score},
                     trained=dict(preset=cfg.preset, seed=cfg.seed, epochs=cfg.optim.epochs, data=data.get("name", ""), split=found.get("split", "")))
         model.load_state_dict(encoder.state_dict())
         return model
@@ -51,10 +52,9 @@ class CPCL(Encoder, PyTorchModelHubMixin, library_name="cpcl", license="mit", ta
     @classmethod
     def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, map_location="cpu", strict=True, **settings):
         "huggingface_hub's hook: safetensors or nothing."
-        here = Path(model_id)/"model.safetensors"
+        path = Path(model_id)/"model.safetensors"
         if Path(model_id).is_dir():
-            if not here.is_file(): raise UserError(f"{model_id} holds no model.safetensors; other formats are not loaded, since unpickling runs code")
-            path = here
+            if not path.is_file(): raise UserError(f"{model_id} holds no model.safetensors; other formats are not loaded, since unpickling runs code")
         else: path = hf_hub_download(model_id, "model.safetensors", revision=revision, cache_dir=cache_dir, force_download=force_download, token=token, local_files_only=local_files_only)
         model = cls(**settings)
         state, want = read_weights(path), model.state_dict()

@@ -256,19 +256,24 @@ def image_loader(
     batch_size:int=256, # images a batch
     workers:int=0, # loader processes; 0 is quickest with a filled cache
     cache:PixelCache=None, # of the same split and size
+    rank:int=0, # this process, 0..world-1
+    world:int=1, # processes that share the images
 ) -> DataLoader: # batches of `image`, `row`
     "Each unique image once, for encoding (method.md, 1)."
-    return _loader(ImageRows(split, size, cache), batch_size, workers)
+    data = ImageRows(split, size, cache)
+    return _loader(data, batch_size, workers, torch.arange(len(data))[rank::world] if world > 1 else None)
 
 def caption_loader(
     split:Split, # whose captions
     batch_size:int=512, # captions a batch
     workers:int=0, # loader processes
     context_length:int=77, # places of the text tower
+    rank:int=0, # this process, 0..world-1
+    world:int=1, # processes that share the captions
 ) -> DataLoader: # batches of `tokens`, `row`, short captions first
     "Each caption once, for encoding, sorted by length (ours)."
     data = CaptionRows(split, context_length)
-    return _loader(data, batch_size, workers, torch.argsort(token_lengths(data.tokens), stable=True) if len(data) else None)
+    return _loader(data, batch_size, workers, torch.argsort(token_lengths(data.tokens), stable=True)[rank::world] if len(data) else None)
 
 # %% ../nbs/14_loader.ipynb #8e600fd8
 def global_batches(

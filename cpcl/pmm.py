@@ -8,7 +8,7 @@ __all__ = ['check_targets', 'label_sums', 'prototypes', 'PrototypeMemory']
 # %% ../nbs/40_pmm.ipynb #04172c39
 import torch
 
-from .core import UserError, check_features, check_labels, unit
+from .core import UserError, at_least_float32, check_features, check_labels, unit
 
 # %% ../nbs/40_pmm.ipynb #2b704c33
 def check_targets(
@@ -32,7 +32,7 @@ def label_sums(
 ): # (sums `[k, D]`, counts `[k]`), float32 or finer
     "Sum of the unit rows of each label and their number, outliers left out: what processes can add up (ours)."
     check_targets(labels, k, len(feats))
-    feats = unit(feats.to(torch.promote_types(feats.dtype, torch.float32)))
+    feats = unit(at_least_float32(feats))
     where = labels.long().masked_fill(labels < 0, k)
     sums = feats.new_zeros(k + 1, feats.shape[1]).index_add_(0, where, feats)
     counts = feats.new_zeros(k + 1).index_add_(0, where, torch.ones_like(feats[:, 0]))
@@ -54,7 +54,7 @@ def prototypes(
 class PrototypeMemory(torch.nn.Module):
     "One modality's prototypes and their momentum refresh (paper: PMM; the batch-mean rule is ours)."
     def __init__(self,
-        protos, # `[K, D]` tensor of unit rows, kept in float32 as the buffer `protos`
+        protos, # `[K, D]` tensor of unit rows, kept in float32 or finer as the buffer `protos`
         mu:float=.1, # share of the old prototype that a refresh keeps, 0..1
         refresh:bool=True, # False: the prototypes stay as built (the paper's ablation)
     ):
@@ -62,7 +62,7 @@ class PrototypeMemory(torch.nn.Module):
         if protos.ndim != 2: raise ValueError(f"protos must be [K, D], got shape {tuple(protos.shape)}")
         if not 0 <= mu <= 1: raise UserError(f"mu must lie in 0..1, got {mu}")
         self.mu, self.refresh = float(mu), bool(refresh)
-        self.register_buffer("protos", protos.detach().float().clone())
+        self.register_buffer("protos", at_least_float32(protos.detach()).clone())
 
     @classmethod
     def build(cls,

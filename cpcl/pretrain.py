@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .checkpoint import load_state, save_state, write_json
+from .checkpoint import fill_state, newest_state, save_state, state_before, write_json
 from .cluster import ClusterConfig, label_quality, pseudo_labels
 from .config import OptimConfig, learning_rate
 from .core import UserError, keyed_rng, progress, seed_everything
 from .encoder import Encoder, save_encoder
+from .epoch import build_optimizer, set_learning_rate
 from .eval import score_queries
 from .loader import CLIP_MEAN, CLIP_STD, tokenize
 from .losses import itc
 from .synth import SynthWorld
-from .train import build_optimizer, environment, set_learning_rate
+from .train import environment
 
 # %% ../nbs/72_pretrain.ipynb #9714115c
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class PretrainConfig:
     photometric:float = 1. # strength of light, contrast and colour changes; 0: none
     bf16:bool = False # 16-bit brain floats: quicker on a processor with AMX, slower elsewhere
     def __post_init__(self):
+        if self.batch_size < 2: raise UserError(f"batch_size must be at least 2 pairs, got {self.batch_size}")
         if self.samples < self.batch_size: raise UserError(f"samples must be at least one batch of {self.batch_size}, got {self.samples}")
         if self.people < 2: raise UserError(f"people must be at least 2, got {self.people}")
     @property
@@ -93,8 +95,8 @@ def pretrain(
     encoder = Encoder().train()
     optimizer = build_optimizer(encoder, OptimConfig(lr=cfg.lr, weight_decay=0., warmup=0, bias_lr=1.))
     step, log = 0, []
-    if resume and state.is_file():
-        facts = load_state(state, encoder, optimizer); step, log = facts["step"], facts["log"]
+    if resume and (found := newest_state(out, say)):
+        tensors, facts = found; fill_state(tensors, encoder, optimizer); step, log = facts["step"], facts["log"]
         if facts["config"] != asdict(cfg): raise UserError(f"{out} was begun with other settings: {facts['config']}")
     world = SynthWorld(people=cfg.people, seed=cfg.seed, style="studio")
     pixels, texts = draw_world(world)
@@ -108,7 +110,7 @@ def pretrain(
     encoder.eval()
     save_encoder(encoder, out/"model.safetensors", half=True)
     write_json(out/"log.json", dict(config=asdict(cfg), environment=environment(), log=log))
-    state.unlink(missing_ok=True)
+    for path in (state, state_before(state)): path.unlink(missing_ok=True)
     return encoder
 
 # %% ../nbs/72_pretrain.ipynb #cb81ff86

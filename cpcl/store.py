@@ -7,7 +7,7 @@ __all__ = ['SUFFIXES', 'EXACT_ROWS', 'RECALL', 'PIECE', 'list_images', 'read_col
            'recall_at', 'tune', 'digest', 'write_manifest', 'read_manifest', 'LocalStore', 'read_store']
 
 # %% ../nbs/76_store.ipynb #e2f02465
-import hashlib, json, os
+import hashlib, json, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,13 +48,16 @@ def read_columns(
     table, # a CSV file or a DataFrame with a column `path`, the same relative paths as in the folder
 ) -> pd.DataFrame: # text columns, `path` as the index
     "What a table tells about the images, all of it as text; raises UserError (ours)."
+    name = "the table" if isinstance(table, pd.DataFrame) else f"the table {table}"
     if not isinstance(table, pd.DataFrame):
-        try: table = pd.read_csv(table, dtype=str, keep_default_na=False)
-        except (OSError, ValueError) as e: raise UserError(f"cannot read the table {table}: {e}") from None
-    if "path" not in table: raise UserError(f"the table needs a column `path`, it has {', '.join(map(str, table.columns))}")
+        try:
+            with warnings.catch_warnings(): # more cells than columns is a warning to pandas, and shifts or drops cells
+                warnings.simplefilter("error", pd.errors.ParserWarning); table = pd.read_csv(table, dtype=str, keep_default_na=False, index_col=False)
+        except (OSError, ValueError, pd.errors.ParserWarning) as e: raise UserError(f"cannot read {name}: {e}; it is a CSV file in UTF-8") from None
+    if "path" not in table: raise UserError(f"{name} needs a column `path`, it has {', '.join(map(str, table.columns))}")
     taken = {"size", "mtime_ns", "rank", "score", "query"} & set(table.columns)
-    if taken: raise UserError(f"the table's column {sorted(taken)[0]!r} has a name that the index uses itself: rename it")
-    if table.path.duplicated().any(): raise UserError(f"the table names {table.path[table.path.duplicated()].iloc[0]!r} twice")
+    if taken: raise UserError(f"{name} has a column {sorted(taken)[0]!r}, a name that the index uses itself: rename it")
+    if table.path.duplicated().any(): raise UserError(f"{name} names {table.path[table.path.duplicated()].iloc[0]!r} twice: keep one")
     return table.set_index("path").astype(str)
 
 # %% ../nbs/76_store.ipynb #4de759f4
@@ -137,10 +140,14 @@ def read_manifest(
     formats:tuple, # that can be read
 ) -> dict: # as written
     "What an index says of itself; raises UserError for none or a damaged one (ours)."
+    damaged = UserError(f"{folder}/manifest.json is damaged: build the index again")
     try: manifest = json.loads((Path(folder)/"manifest.json").read_text(encoding="utf8"))
-    except FileNotFoundError: raise UserError(f"{folder} holds no index (no manifest.json); make one with `cpcl index`") from None
-    except ValueError: raise UserError(f"{folder}/manifest.json is damaged: build the index again") from None
+    except (FileNotFoundError, NotADirectoryError): raise UserError(f"{folder} holds no index (no manifest.json); make one with `cpcl index`") from None
+    except (ValueError, RecursionError): raise damaged from None
+    if not isinstance(manifest, dict): raise damaged
     if manifest.get("format") not in formats: raise UserError(f"{folder} is an index of format {manifest.get('format')}, this version reads {formats[-1]}: build it again")
+    files = manifest.get("files", {}) # names of files in this folder, never elsewhere
+    if not isinstance(files, dict) or not all(isinstance(f, dict) and all(isinstance(f.get(k), str) for k in ("file", "sha256")) and Path(f["file"]).name == f["file"] for f in files.values()): raise damaged
     return manifest
 
 # %% ../nbs/76_store.ipynb #86b034ad

@@ -1,5 +1,5 @@
 "What no single notebook of the data sees: hostile input at large, loader processes, and the loader under accelerate."
-import csv, io, json
+import csv, io, json, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,15 @@ def root(tmp_path_factory):
     return root
 
 def read(root, name, text):
-    "Whatever `text` is, reading it gives a sane Split or a UserError of one line, and the doctor a report."
+    write(root, name, text.encode("utf8", "surrogatepass")); return check(root, name)
+
+def write(root, name, data):
     for files in ANNOTATIONS.values():
         for f in files: (root/f).unlink(missing_ok=True)
-    (root/ANNOTATIONS[name][0 if name != "own" or text.lstrip()[:1] in "{[" else 1]).write_bytes(text.encode("utf8", "surrogatepass"))
+    (root/ANNOTATIONS[name][0 if name != "own" or data.lstrip()[:1] in (b"{", b"[") else 1]).write_bytes(data)
+
+def check(root, name):
+    "Whatever the annotation is, reading it gives a sane Split or a UserError of one line, and the doctor a report."
     try: split = load_split(root, name)
     except UserError as e:
         assert str(e) and len(str(e).split("\n")) == 1, str(e)
@@ -70,6 +75,35 @@ def test_absurd_text_ends_in_one_line(root, text, cut):
     for layout in ("cuhk-pedes", "own"): read(root, layout, text)
     whole = json.dumps([{"img_path": "a.jpg", "captions": ["x"], "id": 1, "split": "train"}] * 2)
     read(root, "rstpreid", whole[:cut])
+
+WHOLE = {"own": b'{"image": "a.jpg", "caption": "a man \\ud83d\\ude42", "person": 1}\n{"image": "sub/b.jpg", "caption": "a woman"}\n',
+         "cuhk-pedes": b'[{"split": "train", "captions": ["a man", "x"], "file_path": "a.jpg", "id": 1}, {"split": "test", "captions": ["y"], "file_path": "sub/b.jpg", "id": 2}]'}
+
+@EASY
+@given(data=st.binary(max_size=60), cut=st.integers(0, 200), layout=st.sampled_from(sorted(WHOLE)), skip=st.integers(0, 3))
+def test_absurd_bytes_end_in_one_line(root, data, cut, layout, skip):
+    for bad in (data, WHOLE[layout][:cut] + data + WHOLE[layout][cut + skip:]): write(root, layout, bad); check(root, layout)
+
+ATHERIS = """
+import sys, pathlib, atheris
+sys.path.insert(0, sys.argv.pop(1)); folder = pathlib.Path(sys.argv.pop(1))
+with atheris.instrument_imports(include=["cpcl.data", "cpcl.loader", "open_clip.tokenizer"]): import test_data as t, cpcl.loader
+def one(data):
+    for layout in ("own", "cuhk-pedes", "rstpreid"): t.write(folder, layout, data); t.check(folder, layout)
+    text = atheris.FuzzedDataProvider(data).ConsumeUnicodeNoSurrogates(200); tokens = cpcl.loader.tokenize([text]); cpcl.loader._tokens.cache_clear()
+    assert tokens[0, cpcl.loader.token_lengths(tokens)[0] - 1] == 49407
+atheris.Setup(sys.argv, one); atheris.Fuzz()
+"""
+
+@pytest.mark.slow
+def test_a_guided_fuzzer_finds_nothing(root, tmp_path):
+    "Atheris grows its inputs by what they reach in the code; begun from whole annotations."
+    pytest.importorskip("atheris")
+    for name, data in WHOLE.items(): (tmp_path/name).write_bytes(data)
+    done = subprocess.run([sys.executable, "-c", ATHERIS, str(Path(__file__).parent), str(root), "-runs=4000", "-max_len=400", "-timeout=60", f"-artifact_prefix={tmp_path}/found-", str(tmp_path)],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert not list(tmp_path.glob("found-*")) and "Done 4000 runs" in done.stderr, done.stderr[-2000:]
 
 @EASY
 @given(rows=st.lists(st.lists(st.sampled_from(["a.jpg", "sub/b.jpg", "x", "", "train", "test", '"', "a,b", "\n", "../a.jpg"]), max_size=5), max_size=4),

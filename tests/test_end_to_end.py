@@ -79,7 +79,7 @@ def test_paper_size_one_step_and_a_clustering():
     from cpcl.encoder import EncoderConfig, load_encoder
     from cpcl.hcm import hcm_loss
     from cpcl.loader import tokenize
-    from cpcl.train import build_memories, build_optimizer, set_learning_rate
+    from cpcl.epoch import build_memories, build_optimizer, set_learning_rate
     torch.manual_seed(0)
     cfg = make_config("cpcl", "paper", encoder=EncoderConfig("ViT-B-16-quickgelu", ""))
     encoder = load_encoder(cfg.encoder).train()
