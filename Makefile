@@ -3,7 +3,9 @@ PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.10; do command -v python$$v && break
 BIN := .venv/bin
 NB := $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.timeout=3600
 
-.PHONY: install demo test test-all export readme clean-notebooks lab bench help
+RELIABLE := tests/test_kill.py tests/test_processes.py tests/test_bad_input.py tests/test_numbers.py tests/test_data.py
+
+.PHONY: install demo test test-all export readme lab reliability bench help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -24,6 +26,7 @@ test: install ## what decides whether a change lands
 	$(BIN)/nbdev_test --n_workers 2
 
 test-all: test ## also what is marked slow, the tutorials and the ablation notebooks
+	-$(BIN)/python -m pip install -q --only-binary :all: atheris # a guided fuzzer, where it installs; without it its test is skipped
 	$(BIN)/python -m pytest tests -m slow
 	$(BIN)/nbdev_test --n_workers 2 --flags slow --ignore_fname .never
 	CPCL_FAST=1 $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --stdout nbs/tutorials/five_minutes.ipynb > /dev/null
@@ -37,6 +40,12 @@ readme: export
 
 lab: install ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
+
+reliability: install ## run every test of the reliability table, the slow ones too, and rewrite its records
+	-$(BIN)/python -m pip install -q --only-binary :all: atheris
+	rm -f nbs/benchmarks/records/reliability.json
+	CPCL_RECORD=$(CURDIR)/nbs/benchmarks/records/reliability.json $(BIN)/python -m pytest -m "not gpu" $(RELIABLE)
+	$(NB) nbs/benchmarks/reliability.ipynb
 
 bench: install ## run the benchmark notebooks and rewrite their records
 	CPCL_RUN=1 $(NB) nbs/benchmarks/*.ipynb

@@ -6,7 +6,7 @@
 __all__ = ['fit', 'epoch_line', 'score_split', 'read_only', 'train_run', 'score_run', 'environment']
 
 # %% ../nbs/70_train.ipynb #6662fa56
-import platform, subprocess, sys
+import json, platform, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +67,12 @@ def fit(
 
 # %% ../nbs/70_train.ipynb #0d5a05ed
 def _open(run, cfg, train, resume):
-    "The run folder, with what the run is made of."
+    "The run folder, with what the run is made of, and by what: versions and command of this start, and of the starts before it."
     start_run(run, cfg, dict(name=train.name, images=len(train.images), captions=len(train.captions)), resume)
-    write_json(run/"environment.json", environment())
+    path, earlier = run/"environment.json", []
+    if path.is_file():
+        last = json.loads(path.read_text(encoding="utf8")); earlier = last.pop("earlier", []) + [last]
+    write_json(path, environment() | ({"earlier": earlier} if earlier else {}))
 
 def _begin(cfg, encoder, run, resume, device, say):
     "Encoder, optimiser, history and best score as the run starts, or as it was left."

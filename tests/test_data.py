@@ -51,13 +51,15 @@ def check(root, name):
 
 @EASY
 @given(path=paths, layout=st.sampled_from(["cuhk-pedes", "icfg-pedes", "rstpreid", "own"]))
-def test_no_path_leaves_the_root(root, path, layout):
+def test_no_path_leaves_the_root(root, path, layout, promise):
+    promise("fuzzed: annotations")
     if layout == "own": read(root, layout, json.dumps({"image": path, "caption": "a man"}))
     else: read(root, layout, json.dumps([{"file_path": path, "img_path": path, "captions": ["a man"], "id": 0, "split": "train"}]))
 
 @EASY
 @given(data=st.data(), layout=st.sampled_from(["cuhk-pedes", "rstpreid", "own"]))
-def test_absurd_values_end_in_one_line(root, data, layout):
+def test_absurd_values_end_in_one_line(root, data, layout, promise):
+    promise("fuzzed: annotations")
     good = {"image": "a.jpg", "caption": "x", "person": 1, "split": "train"} if layout == "own" else \
         {"img_path": "a.jpg", "file_path": "a.jpg", "captions": ["x"], "id": 1, "split": "train"}
     assert read(root, layout, json.dumps(good if layout == "own" else [good])) is not None
@@ -66,12 +68,14 @@ def test_absurd_values_end_in_one_line(root, data, layout):
 
 @EASY
 @given(thing=anything)
-def test_absurd_documents_end_in_one_line(root, thing):
+def test_absurd_documents_end_in_one_line(root, thing, promise):
+    promise("fuzzed: annotations")
     for layout in ("icfg-pedes", "own"): read(root, layout, json.dumps(thing))
 
 @EASY
 @given(text=st.text(), cut=st.integers(0, 200))
-def test_absurd_text_ends_in_one_line(root, text, cut):
+def test_absurd_text_ends_in_one_line(root, text, cut, promise):
+    promise("fuzzed: annotations")
     for layout in ("cuhk-pedes", "own"): read(root, layout, text)
     whole = json.dumps([{"img_path": "a.jpg", "captions": ["x"], "id": 1, "split": "train"}] * 2)
     read(root, "rstpreid", whole[:cut])
@@ -81,7 +85,8 @@ WHOLE = {"own": b'{"image": "a.jpg", "caption": "a man \\ud83d\\ude42", "person"
 
 @EASY
 @given(data=st.binary(max_size=60), cut=st.integers(0, 200), layout=st.sampled_from(sorted(WHOLE)), skip=st.integers(0, 3))
-def test_absurd_bytes_end_in_one_line(root, data, cut, layout, skip):
+def test_absurd_bytes_end_in_one_line(root, data, cut, layout, skip, promise):
+    promise("fuzzed: annotations")
     for bad in (data, WHOLE[layout][:cut] + data + WHOLE[layout][cut + skip:]): write(root, layout, bad); check(root, layout)
 
 ATHERIS = """
@@ -96,9 +101,10 @@ atheris.Setup(sys.argv, one); atheris.Fuzz()
 """
 
 @pytest.mark.slow
-def test_a_guided_fuzzer_finds_nothing(root, tmp_path):
+def test_a_guided_fuzzer_finds_nothing(root, tmp_path, promise):
     "Atheris grows its inputs by what they reach in the code; begun from whole annotations."
     pytest.importorskip("atheris")
+    promise("fuzzed: annotations and tokens, by a fuzzer that watches what it reaches (atheris)", cases=4000)
     for name, data in WHOLE.items(): (tmp_path/name).write_bytes(data)
     done = subprocess.run([sys.executable, "-c", ATHERIS, str(Path(__file__).parent), str(root), "-runs=4000", "-max_len=400", "-timeout=60", f"-artifact_prefix={tmp_path}/found-", str(tmp_path)],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -108,14 +114,16 @@ def test_a_guided_fuzzer_finds_nothing(root, tmp_path):
 @EASY
 @given(rows=st.lists(st.lists(st.sampled_from(["a.jpg", "sub/b.jpg", "x", "", "train", "test", '"', "a,b", "\n", "../a.jpg"]), max_size=5), max_size=4),
        head=st.permutations(["image", "caption", "person", "split"]))
-def test_absurd_tables_end_in_one_line(root, rows, head):
+def test_absurd_tables_end_in_one_line(root, rows, head, promise):
+    promise("fuzzed: annotations")
     text = io.StringIO(); writer = csv.writer(text); writer.writerow(head); writer.writerows(rows)
     read(root, "own", text.getvalue())
 
 @EASY
 @given(noise=st.binary(max_size=60), where=st.integers(0, 400), form=st.sampled_from(["jpg", "png", "gif", "webp", "tif", "bmp"]))
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_images_end_in_one_line(tmp_path_factory, noise, where, form):
+def test_damaged_images_end_in_one_line(tmp_path_factory, noise, where, form, promise):
+    promise("fuzzed: images")
     file = tmp_path_factory.mktemp("img")/f"x.{form}"; Image.new("RGB", (9, 20), "red").save(file)
     data = file.read_bytes(); file.write_bytes(data[:where] + noise + data[where + len(noise):])
     try: im = read_image(file); assert im.mode == "RGB" and im.width * im.height <= 80_000_000
@@ -123,7 +131,8 @@ def test_damaged_images_end_in_one_line(tmp_path_factory, noise, where, form):
 
 @EASY
 @given(texts=st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, max_size=4), length=st.sampled_from([8, 24, 77]))
-def test_a_cut_batch_loses_no_token(texts, length):
+def test_a_cut_batch_loses_no_token(texts, length, promise):
+    promise("fuzzed: captions and their tokens")
     tokens = tokenize(texts, length); used = token_lengths(tokens); batch = collate([{"tokens": t} for t in tokens])["tokens"]
     assert batch.shape[1] == used.max() <= length
     for t, n, row in zip(tokens, used, batch): assert t[n - 1] == 49407 and torch.equal(row[:n], t[:n])

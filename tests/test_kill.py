@@ -1,5 +1,6 @@
 "Killed, stopped, out of disk, on a torn file: a run that is taken up again ends as the run that nobody disturbed, bit for bit."
 import json, multiprocessing, os, random, resource, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def _train(words, plan=None, counts=None, after=None):
     "In a process of its own: `cpcl train`, dying as planned, counting calls, or changing the machine after a line of output."
     import torch
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True) # of loader processes, as in a process that a user starts
     import cpcl.cli
     if plan:
         target, when, number = plan
@@ -101,7 +103,10 @@ def undisturbed(tmp_path_factory):
     base = tmp_path_factory.mktemp("kill")
     root = write_synth(base / "set", people=12, seed=11, splits=(8, 2, 2))
     begin = time.perf_counter()
-    assert ended(start(["--root", str(root), "--out", str(base / "run"), *WORDS], base / "log", counts=str(base / "counts"))) == 0, (base / "log").read_text()
+    with pytest.MonkeyPatch.context() as patch: # the server that all processes come from has one thread: two at a time would only wait for each other
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"): patch.setenv(name, "1")
+        first = start(["--root", str(root), "--out", str(base / "run"), *WORDS], base / "log", counts=str(base / "counts"))
+    assert ended(first) == 0, (base / "log").read_text()
     return dict(root=root, left=left(base / "run"), counts=json.loads((base / "counts").read_text()), seconds=time.perf_counter() - begin, base=base)
 
 
@@ -142,11 +147,21 @@ QUICK = ["encoding images", "clustering", "a step", "writing a file", "before a 
 POINTS = [(stage, i) for stage in (*STAGES, BY_TIME) for i in range(2 if stage != BY_TIME else 4) if (stage, i) not in [(q, 0) for q in QUICK]]
 
 
+@pytest.fixture(scope="module")
+def disturbed(undisturbed, tmp_path_factory):
+    "The disturbances of `make test`, two at a time: stage or signal -> a future that is true when all is as if nothing had been."
+    def _killed(stage, base): return kill(stage, random.Random(f"{stage} 0"), base / "run", undisturbed), resume(base / "run", undisturbed)
+    def _stopped(which, base): return stop(which, base / "run", undisturbed), resume(base / "run", undisturbed)
+    jobs = [(_killed, s) for s in QUICK] + [(_stopped, s) for s in SIGNALS]
+    with ThreadPoolExecutor(2) as pool: return {what: pool.submit(job, what, tmp_path_factory.mktemp("disturbed")) for job, what in jobs}
+
+
 @pytest.mark.parametrize("stage", QUICK)
-def test_killed_and_resumed(stage, tmp_path, undisturbed, promise):
+def test_killed_and_resumed(stage, disturbed, promise):
     promise("a run killed at any point and resumed gives the same result.json, weights and history, bit for bit")
-    print(kill(stage, random.Random(f"{stage} 0"), tmp_path / "run", undisturbed))
-    assert resume(tmp_path / "run", undisturbed)
+    where, same = disturbed[stage].result()
+    print(where)
+    assert same
 
 
 @pytest.mark.slow
@@ -167,17 +182,25 @@ def test_killed_again_and_again(tmp_path, undisturbed, promise):
     assert resume(run, undisturbed)
 
 
-@pytest.mark.parametrize("which, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_by_a_signal(which, code, tmp_path, undisturbed, promise):
-    promise("Ctrl-C and SIGTERM exit with 130 and 143, keep the last epoch, and resuming repeats the broken one")
-    run, log = tmp_path / "run", tmp_path / "log"
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def stop(which, run, undisturbed):
+    "Send a run a signal in the middle of its second epoch: it exits as it should, its state whole, nothing half-written."
+    log = run.parent / "log"
     process = start(["--root", str(undisturbed["root"]), "--out", str(run), *WORDS], log, after=(0, _Later(which)))
-    assert ended(process) == code, log.read_text()
+    assert ended(process) == SIGNALS[which], log.read_text()
     said = log.read_text().splitlines()
     assert said[-1].startswith("cpcl: stopped") and "--resume" in said[-1] and "Traceback" not in log.read_text()
     assert 1 <= newest_state(run)[1]["epoch"] < EPOCHS and not (run / "result.json").exists()
     assert not [p for p in run.iterdir() if p.name.startswith(".")]
-    assert resume(run, undisturbed)
+    return True
+
+
+@pytest.mark.parametrize("which", SIGNALS)
+def test_stopped_by_a_signal(which, disturbed, promise):
+    promise("Ctrl-C and SIGTERM exit with 130 and 143, keep the last epoch, and resuming repeats the broken one")
+    assert disturbed[which].result() == (True, True)
 
 
 class _Later:
@@ -205,6 +228,7 @@ def test_a_file_that_may_not_grow(tmp_path, undisturbed, promise):
     assert resume(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path, undisturbed, promise):
     disk = tmp_path / "disk"; disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600m", "tmpfs", str(disk)], capture_output=True).returncode: pytest.skip("only root may mount a small disk")
@@ -224,7 +248,7 @@ def out_of_room(run, log, why):
     assert newest_state(run)[1]["epoch"] == 1 and not [p for p in run.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("torn", ["state.safetensors", "last.safetensors", "history.jsonl", "state.safetensors state-before.safetensors"])
+@pytest.mark.parametrize("torn", ["state.safetensors", *(pytest.param(names, marks=pytest.mark.slow) for names in ("last.safetensors", "history.jsonl", "state.safetensors state-before.safetensors"))])
 def test_a_torn_file(torn, tmp_path, undisturbed, promise):
     promise("where a disk tore the newest checkpoint, the newest whole one is used")
     run, log = tmp_path / "run", tmp_path / "log"
@@ -237,7 +261,7 @@ def test_a_torn_file(torn, tmp_path, undisturbed, promise):
     assert ("no whole training state" in said) == ("state" in torn)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_same_numbers_with_loader_workers(workers, tmp_path, undisturbed, promise):
     promise("the same seed gives the same numbers to the last digit, with 0, 1 and 2 loader processes")
     run, log = tmp_path / "run", tmp_path / "log"

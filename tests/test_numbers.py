@@ -119,7 +119,7 @@ DEGENERATE = { # settings of both modalities, clusters of both (None: more than 
 }
 
 
-@pytest.mark.parametrize("preset", ["cpcl", "cluster-contrast", "icpg"])
+@pytest.mark.parametrize("preset", ["cpcl", *(pytest.param(p, marks=pytest.mark.slow) for p in ("cluster-contrast", "icpg"))])
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_degenerate_clusters(name, preset, root, tmp_path, promise):
     promise("degenerate clusters: training goes on and says what it does")
