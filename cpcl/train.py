@@ -108,6 +108,7 @@ def _write_epoch(run, encoder, optimizer, best, history, log):
     log(row["epoch"], {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "epoch"}, "epoch")
     return score if improved else best
 
+# %% ../nbs/70_train.ipynb #4b5487e9
 def _save_batches(run, train, e):
     "The batches of a `NotFinite` as rows, files and captions; and the error, told where they are."
     for step in e.steps: step |= dict(images=[train.images[i] for i in step["image_rows"]], captions=[train.captions[j] for j in step["caption_rows"]])

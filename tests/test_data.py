@@ -106,7 +106,7 @@ def test_a_guided_fuzzer_finds_nothing(root, tmp_path, promise):
     pytest.importorskip("atheris")
     promise("fuzzed: annotations and tokens, by a fuzzer that watches what it reaches (atheris)", cases=4000)
     for name, data in WHOLE.items(): (tmp_path/name).write_bytes(data)
-    done = subprocess.run([sys.executable, "-c", ATHERIS, str(Path(__file__).parent), str(root), "-runs=4000", "-max_len=400", "-timeout=60", f"-artifact_prefix={tmp_path}/found-", str(tmp_path)],
+    done = subprocess.run([sys.executable, "-c", ATHERIS, str(Path(__file__).parent), str(root), "-runs=4000", "-max_len=400", "-timeout=60", "-rss_limit_mb=8000", f"-artifact_prefix={tmp_path}/found-", str(tmp_path)],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     assert not list(tmp_path.glob("found-*")) and "Done 4000 runs" in done.stderr, done.stderr[-2000:]
