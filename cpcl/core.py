@@ -148,7 +148,8 @@ def clear_halves(
     folder, # where `atomic_path` wrote
 ):
     "Remove what a killed process left half-written beside its files; only where nobody else is writing (ours)."
-    for tmp in Path(folder).glob(".*-????????.*"): tmp.unlink(missing_ok=True)
+    for pattern in (".*-????????.*", ".tmp??????"): # ours, and those of safetensors' own writer
+        for tmp in Path(folder).glob(pattern): tmp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #5fdb6905
 def repo_root() -> Path | None: # the checkout's root, or None outside one
