@@ -50,6 +50,7 @@ def _train(words, plan=None, counts=None, after=None):
     import torch
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True) # of loader processes, as in a process that a user starts
+    signal.signal(signal.SIGINT, signal.default_int_handler) # as in a terminal; a job in the background ignores Ctrl-C
     import cpcl.cli
     if plan:
         target, when, number = plan
