@@ -76,6 +76,7 @@ def test_three_in_a_row_stop_the_run(root, tmp_path, spoil, promise):
     assert [r["skipped"] for r in history] == [0, 0]
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped(root, tmp_path, promise):
     promise("gradients are clipped, and a limit that nothing reaches changes no digit")
     plain, far, near = (run(root, tmp_path / name, changes)[2] for name, changes in (("a", {}), ("b", {"optim.clip_norm": 1e9}), ("c", {"optim.clip_norm": 1e-6, "optim.adam_eps": 1.})))
@@ -96,6 +97,7 @@ def test_precisions(root, tmp_path, promise):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_repeatable(root, tmp_path, undisturbed, promise):
     promise("the same seed gives the same numbers to the last digit on a processor, with the deterministic switch too")
     history, _, out = undisturbed
@@ -135,6 +137,7 @@ def test_degenerate_clusters(name, preset, root, tmp_path, promise):
     assert (out / "result.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_alarm(root, tmp_path, promise):
     promise("more than 90 % outliers for three epochs: an alarm, with the eps plot saved")
     history, lines, out = run(root, tmp_path / "run", {"optim.epochs": 4, "optim.batch_size": 64, "labels.caption.min_samples": 99})

@@ -199,6 +199,7 @@ def execute(code, seconds=240):
     nbclient.NotebookClient(book, timeout=seconds, kernel_name="python3").execute()
 
 
+@pytest.mark.slow
 def test_launched_from_a_notebook(runs, root, tmp_path, promise):
     promise("notebook_launcher in a kernel gives the run of torchrun")
     execute(NOTEBOOK.replace("WORDS", repr((str(root), str(tmp_path / "run")))).replace("PORT", free_port()))
