@@ -28,11 +28,11 @@ def label_remarks(
     "What a person should know about degenerate labels (ours)."
     lines = []
     for m, rows in (("img", images), ("txt", captions)):
-        name, setting = ROWS[m]; k = report[f"clusters_{m}"]; set_ = f"labels.{setting}"
+        (name, setting), k = ROWS[m], report[f"clusters_{m}"]
         if source == "person" or (m == "txt" and source == "image"): continue
-        if k == 0: lines.append(f"{name}: no cluster, {rows:,} outliers: no prototype of theirs teaches anything this epoch, ICPM goes on (a larger {set_}.eps or a smaller {set_}.min_samples makes clusters)")
-        elif k == 1: lines.append(f"{name}: one cluster only: a single prototype teaches nothing this epoch, ICPM goes on (a smaller {set_}.eps parts it)")
-        elif k > rows / 2: lines.append(f"{name}: {k:,} clusters of {rows:,} rows, more than half of them alone: little is shared (a larger {set_}.eps or {set_}.min_samples joins them)")
+        if k == 0: lines.append(f"{name}: no cluster, {rows:,} outliers: no prototype of theirs teaches anything this epoch, ICPM goes on (a larger labels.{setting}.eps or a smaller labels.{setting}.min_samples makes clusters)")
+        elif k == 1: lines.append(f"{name}: one cluster only: a single prototype teaches nothing this epoch, ICPM goes on (a smaller labels.{setting}.eps parts it)")
+        elif k > rows / 2: lines.append(f"{name}: {k:,} clusters of {rows:,} rows, more than half of them alone: little is shared (a larger labels.{setting}.eps or labels.{setting}.min_samples joins them)")
     return lines
 
 # %% ../nbs/36_alarm.ipynb #6fcfc840

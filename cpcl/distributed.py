@@ -28,11 +28,14 @@ class _Gather(torch.autograd.Function):
     "`[W, b, ...]` from every process's `[b, ...]`; backward, a process keeps its own rows' gradient, W times."
     @staticmethod
     def forward(ctx, x):
+        "All processes' rows, process by process."
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x)
         return torch.stack(parts)
     @staticmethod
-    def backward(ctx, grad): return grad[dist.get_rank()] * dist.get_world_size()
+    def backward(ctx, grad):
+        "The part of this process, as often as there are processes."
+        return grad[dist.get_rank()] * dist.get_world_size()
 
 def share(
     accelerator, # accelerate's

@@ -116,10 +116,10 @@ def train_epoch(
     epoch:int, # 0-based
     log=None, # (step, dict) -> None, for TensorBoard
     bf16:bool=False, # towers in 16-bit brain floats
-) -> dict: # mean of the loss and its parts over the steps taken, last learning rate, steps skipped
+) -> dict: # mean of the loss and its parts over the steps taken, last learning rate, longest gradient before clipping, steps skipped
     "Walk once through the captions; raises NotFinite (paper section 3.4 and algorithm 1)."
     model.train()
-    total, sums, skipped = cfg.optim.epochs * len(loader), {}, []
+    total, sums, skipped, longest = cfg.optim.epochs * len(loader), {}, [], 0.
     chm = cfg.hcm.chm if epoch >= cfg.chm_after * cfg.optim.epochs else 0.
     for i, batch in enumerate(progress(loader, f"epoch {epoch + 1}", unit="step")):
         step = epoch * len(loader) + i
@@ -135,10 +135,11 @@ def train_epoch(
             if len(skipped) == len(loader) or (len(last) == PATIENCE and last[0]["step"] == step - PATIENCE + 1): raise NotFinite(f"{len(last)} steps in a row without a finite loss and gradient, the last of them step {i + 1} of epoch {epoch + 1}", last)
             continue
         optimizer.step()
+        longest = max(longest, float(length))
         memories.img.update(pairs.img, pairs.y_v); memories.txt.update(pairs.txt, pairs.y_t)
         for k, v in parts.items(): sums[k] = sums.get(k, 0.) + v # tensors: reading each number would make a GPU wait
         if log and step % LOG_EVERY == 0: log(step, {k: float(v) for k, v in parts.items()} | {"lr": factor * cfg.optim.lr, "gradient": float(length)})
-    return {k: float(v) / (len(loader) - len(skipped)) for k, v in sums.items()} | {"lr": factor * cfg.optim.lr, "skipped": len(skipped)}
+    return {k: float(v) / (len(loader) - len(skipped)) for k, v in sums.items()} | {"lr": factor * cfg.optim.lr, "gradient": longest, "skipped": len(skipped)}
 
 # %% ../nbs/69_epoch.ipynb #47c2e792
 def look(
