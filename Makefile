@@ -20,6 +20,9 @@ install: .venv/installed ## make .venv and install the project into it
 demo: install ## train on the sample set and print the table (minutes, no GPU)
 	$(BIN)/python -m cpcl.cli demo
 
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+export NUMBA_CACHE_DIR := $(CURDIR)/.cache/numba
+
 test: install ## what decides whether a change lands
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest tests

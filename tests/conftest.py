@@ -28,8 +28,8 @@ def pytest_runtest_makereport(item, call):
 def pytest_sessionfinish(session):
     "With CPCL_RECORD=FILE the promises of this session take their rows there."
     if not (file := os.environ.get("CPCL_RECORD")) or not (kept := session.config.stash.get(KEPT, {})): return
-    from cpcl.checkpoint import write_json
-    from cpcl.train import environment
+    from cpcl.train.checkpoint import write_json
+    from cpcl.train.loop import environment
     told = {k: v for k, v in environment().items() if k != "command"}
     old = json.loads(Path(file).read_text(encoding="utf8")) if Path(file).is_file() else {}
     write_json(file, old | {name: row | dict(environment=told) for name, row in kept.items()})

@@ -10,10 +10,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from cpcl.cli import main
-from cpcl.data import load_split, read_image
-from cpcl.encoder import EncoderConfig, load_encoder
-from cpcl.loader import END_OF_TEXT, token_lengths, tokenize
-from cpcl.synth import write_synth
+from cpcl.data.read import load_split, read_image
+from cpcl.encoder.towers import EncoderConfig, load_encoder
+from cpcl.data.batches import END_OF_TEXT, token_lengths, tokenize
+from cpcl.synth.dataset import write_synth
 
 SMALL = "--pretrained none --height 48 --width 24 --epochs 1 --set labels.image.k1=6 labels.caption.k1=6"
 TRAIN = f"train --root {{set}} --out {{tmp}}/out {SMALL}"
@@ -501,5 +501,5 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     "What nobody foresaw is not made into a line."
     def broken(*args, **more): raise RuntimeError("a bug")
-    monkeypatch.setattr("cpcl.synth.write_synth", broken)
+    monkeypatch.setattr("cpcl.synth.dataset.write_synth", broken)
     with pytest.raises(RuntimeError, match="a bug"): main(["synth", str(tmp_path/"s")])

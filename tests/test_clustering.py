@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from sklearn.cluster import DBSCAN
 
-from cpcl.cluster import pseudo_labels
+from cpcl.cluster.labels import pseudo_labels
 from cpcl.core import unit
-from cpcl.dbscan import dbscan
-from cpcl.jaccard import jaccard_graph, slow_jaccard
-from cpcl.knn import knn, slow_knn
+from cpcl.cluster.dbscan import dbscan
+from cpcl.cluster.jaccard import jaccard_graph, slow_jaccard
+from cpcl.cluster.knn import knn, slow_knn
 
 RADII = (.3, .4, .5, .6, .7, .8, .9)
 

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from cpcl.core import UserError
-from cpcl.data import ANNOTATIONS, SPLIT_NAMES, Split, load_person, load_split, read_image
-from cpcl.doctor import doctor
-from cpcl.loader import (AugmentConfig, PixelCache, augment, caption_lengths, collate, image_loader, pair_loader,
+from cpcl.data.read import ANNOTATIONS, SPLIT_NAMES, Split, load_person, load_split, read_image
+from cpcl.data.doctor import doctor
+from cpcl.data.batches import (AugmentConfig, PixelCache, augment, caption_lengths, collate, image_loader, pair_loader,
                          tokenize, token_lengths)
 
 EASY = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
@@ -92,11 +92,11 @@ def test_absurd_bytes_end_in_one_line(root, data, cut, layout, skip, promise):
 ATHERIS = """
 import sys, pathlib, atheris
 sys.path.insert(0, sys.argv.pop(1)); folder = pathlib.Path(sys.argv.pop(1))
-with atheris.instrument_imports(include=["cpcl.data", "cpcl.loader", "open_clip.tokenizer"]): import test_data as t, cpcl.loader
+with atheris.instrument_imports(include=["cpcl.data.read", "cpcl.data.batches", "open_clip.tokenizer"]): import test_data as t, cpcl.data.batches
 def one(data):
     for layout in ("own", "cuhk-pedes", "rstpreid"): t.write(folder, layout, data); t.check(folder, layout)
-    text = atheris.FuzzedDataProvider(data).ConsumeUnicodeNoSurrogates(200); tokens = cpcl.loader.tokenize([text]); cpcl.loader._tokens.cache_clear()
-    assert tokens[0, cpcl.loader.token_lengths(tokens)[0] - 1] == 49407
+    text = atheris.FuzzedDataProvider(data).ConsumeUnicodeNoSurrogates(200); tokens = cpcl.data.batches.tokenize([text]); cpcl.data.batches._tokens.cache_clear()
+    assert tokens[0, cpcl.data.batches.token_lengths(tokens)[0] - 1] == 49407
 atheris.Setup(sys.argv, one); atheris.Fuzz()
 """
 
@@ -206,7 +206,7 @@ def test_every_layout_reads_the_same_facts(tmp_path):
 
 def test_the_bench_set_is_frozen():
     "Captions, attributes and pixels of synth-1k, on which records rest; who changes them raises SYNTH_VERSION and runs everything again."
-    from cpcl.ablate import BENCH
-    from cpcl.synth import SYNTH_VERSION, SynthWorld, checksum
+    from cpcl.lab.records import BENCH
+    from cpcl.synth.dataset import SYNTH_VERSION, SynthWorld, checksum
     assert (SYNTH_VERSION, BENCH) == (1, dict(people=1000, seed=1000, style="town", splits=(700, 100, 200), shots=(3, 5)))
     assert checksum(SynthWorld(1000, 1000, "town", (3, 5))) == "084cc1b9b064fb461ce6ea3288390f6a845b08328994d449aa8e0c1432acadb3"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cpcl.cli import main
-from cpcl.data import load_person, load_split
-from cpcl.synth import write_synth
+from cpcl.data.read import load_person, load_split
+from cpcl.synth.dataset import write_synth
 
 SMALL = ["--pretrained", "none", "--height", "48", "--width", "24", "--epochs", "1", "--set", "labels.image.k1=6", "labels.caption.k1=6"]
 
@@ -52,12 +52,12 @@ def test_train_own_folder_without_people(cuhk, tmp_path):
 
 def test_supervised_alone_reads_people(cuhk, tmp_path, monkeypatch):
     "For every other preset the identities may be anything: the weights come out the same."
-    import cpcl.train
+    import cpcl.train.loop
     weights = lambda run: (run / "last.safetensors").read_bytes()
     for preset in ("cpcl", "icpg", "supervised"):
         train(cuhk, tmp_path / preset, "--preset", preset)
-    honest = cpcl.train.load_person
-    monkeypatch.setattr(cpcl.train, "load_person", lambda split: np.random.default_rng(0).permutation(honest(split)))
+    honest = cpcl.train.loop.load_person
+    monkeypatch.setattr(cpcl.train.loop, "load_person", lambda split: np.random.default_rng(0).permutation(honest(split)))
     for preset, same in (("cpcl", True), ("icpg", True), ("supervised", False)):
         train(cuhk, tmp_path / f"{preset}-wrong", "--preset", preset)
         assert (weights(tmp_path / preset) == weights(tmp_path / f"{preset}-wrong")) == same, preset
@@ -73,13 +73,13 @@ def test_bad_input_stops_before_training(cuhk, tmp_path, capsys):
 
 def test_paper_size_one_step_and_a_clustering():
     "ViT-B/16 at 384x128 with 77 tokens: a step of batch 4 moves the weights; 2,000 rows of its width cluster."
-    from cpcl.cluster import pseudo_labels
-    from cpcl.config import make_config
+    from cpcl.cluster.labels import pseudo_labels
+    from cpcl.train.config import make_config
     from cpcl.core import unit
-    from cpcl.encoder import EncoderConfig, load_encoder
+    from cpcl.encoder.towers import EncoderConfig, load_encoder
     from cpcl.hcm import hcm_loss
-    from cpcl.loader import tokenize
-    from cpcl.epoch import build_memories, build_optimizer, set_learning_rate
+    from cpcl.data.batches import tokenize
+    from cpcl.train.epoch import build_memories, build_optimizer, set_learning_rate
     torch.manual_seed(0)
     cfg = make_config("cpcl", "paper", encoder=EncoderConfig("ViT-B-16-quickgelu", ""))
     encoder = load_encoder(cfg.encoder).train()

@@ -5,24 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from cpcl.checkpoint import newest_state, read_history
-from cpcl.synth import write_synth
+from cpcl.train.checkpoint import newest_state, read_history
+from cpcl.synth.dataset import write_synth
 
 EPOCHS = 3
 WORDS = ["--pretrained", "none", "--height", "48", "--width", "24", "--epochs", str(EPOCHS), "--batch-size", "16", "--set", "labels.image.k1=4", "labels.caption.k1=6"]
 # Where a process may die: the n-th call of a function. "before" is at its entry, "half" after half of a file is written, "after" is when it has returned.
 STAGES = {
-    "reading images": ("cpcl.loader.pixels_of", "before"),
-    "encoding images": ("cpcl.encoder.Encoder.encode_image", "after"),
-    "encoding captions": ("cpcl.encoder.Encoder.encode_text", "before"),
-    "clustering": ("cpcl.cluster.jaccard_graph", "after"),
-    "mining": ("cpcl.labels.mine", "before"),
-    "a step": ("cpcl.epoch.step_loss", "after"),
+    "reading images": ("cpcl.data.batches.pixels_of", "before"),
+    "encoding images": ("cpcl.encoder.towers.Encoder.encode_image", "after"),
+    "encoding captions": ("cpcl.encoder.towers.Encoder.encode_text", "before"),
+    "clustering": ("cpcl.cluster.labels.jaccard_graph", "after"),
+    "mining": ("cpcl.train.labels.mine", "before"),
+    "a step": ("cpcl.train.epoch.step_loss", "after"),
     "the optimiser": ("torch.optim.Adam.step", "after"),
     "writing a file": ("safetensors.torch.save_file", "half"),
     "before a rename": ("os.replace", "before"),
     "after a rename": ("os.replace", "after"),
-    "scoring": ("cpcl.train.score_split", "before"),
+    "scoring": ("cpcl.train.loop.score_split", "before"),
 }
 BY_TIME = "at any moment"
 
@@ -65,12 +65,12 @@ def _train(words, plan=None, counts=None, after=None):
         seen = {}
         for target in {t for t, _ in STAGES.values()}: _patched(target, lambda n, now, args, target=target: seen.__setitem__(target, n))
     if after: # (part of a line, what to do then)
-        import cpcl.train
-        honest = cpcl.train.epoch_line
+        import cpcl.train.loop
+        honest = cpcl.train.loop.epoch_line
         def _line(row, epochs):
             if row["epoch"] == after[0]: after[1](words)
             return honest(row, epochs)
-        cpcl.train.epoch_line = _line
+        cpcl.train.loop.epoch_line = _line
     code = cpcl.cli.main(["train", *words])
     if counts is not None: Path(counts).write_text(json.dumps(seen))
     sys.stdout.flush(); sys.stderr.flush()
@@ -80,7 +80,7 @@ def _train(words, plan=None, counts=None, after=None):
 def start(words, log, **how):
     "The process of a training, its lines in a file; imports are done before it begins, so that it lives for seconds."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cpcl.cli", "cpcl.train", "open_clip", "test_kill"])
+    context.set_forkserver_preload(["cpcl.cli.program", "cpcl.train.loop", "open_clip", "test_kill"])
     process = context.Process(target=_logged, args=(words, str(log)), kwargs=how)
     process.start()
     return process

@@ -4,12 +4,12 @@ import json, math
 import pytest
 import torch
 
-from cpcl.checkpoint import newest_state, read_history
+from cpcl.train.checkpoint import newest_state, read_history
 from cpcl.core import UserError
-from cpcl.data import load_split
-from cpcl.encoder import EncoderConfig
-from cpcl.synth import write_synth
-from cpcl.train import train_run
+from cpcl.data.read import load_split
+from cpcl.encoder.towers import EncoderConfig
+from cpcl.synth.dataset import write_synth
+from cpcl.train.loop import train_run
 
 QUICK = {"optim.epochs": 1, "optim.batch_size": 16, "labels.image.k1": 6, "labels.caption.k1": 6}
 BLANK = EncoderConfig(pretrained="", height=48, width=24)
@@ -38,8 +38,8 @@ def weights(out): return (out / "last.safetensors").read_bytes()
 @pytest.fixture
 def spoil(monkeypatch):
     "spoil(what, numbers): the loss, a feature or a gradient of these steps is not finite."
-    import cpcl.epoch
-    loss_of, step_of, count = cpcl.epoch.hcm_loss, cpcl.epoch.step_loss, iter(range(10**6))
+    import cpcl.train.epoch
+    loss_of, step_of, count = cpcl.train.epoch.hcm_loss, cpcl.train.epoch.step_loss, iter(range(10**6))
     def _spoil(what, numbers):
         def _loss(*args, **kwargs):
             loss, parts = loss_of(*args, **kwargs)
@@ -50,7 +50,7 @@ def spoil(monkeypatch):
             loss, parts, pairs = step_of(model, batch, *args, **kwargs)
             if bad and what == "gradient": loss = loss + (pairs.img.sum() * 0).sqrt() # a finite loss whose gradient is not
             return loss, parts, pairs
-        monkeypatch.setattr(cpcl.epoch, "hcm_loss", _loss); monkeypatch.setattr(cpcl.epoch, "step_loss", _step)
+        monkeypatch.setattr(cpcl.train.epoch, "hcm_loss", _loss); monkeypatch.setattr(cpcl.train.epoch, "step_loss", _step)
     return _spoil
 
 

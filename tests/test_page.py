@@ -4,11 +4,11 @@ import shutil
 import pandas as pd
 import pytest
 
-from cpcl.checkpoint import start_run
-from cpcl.config import make_config
-from cpcl.data import load_person, load_split
-from cpcl.demo import sample_set
-from cpcl.encoder import EncoderConfig, load_encoder, save_encoder
+from cpcl.train.checkpoint import start_run
+from cpcl.train.config import make_config
+from cpcl.data.read import load_person, load_split
+from cpcl.lab.demo import sample_set
+from cpcl.encoder.towers import EncoderConfig, load_encoder, save_encoder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytest.importorskip("gradio", reason="the page needs gradio")
@@ -19,8 +19,8 @@ HOSTILE = "cam_0/<img src=x onerror=document.title='pwned'>.jpg"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     "(index, address, folder) of a page over the sample set's test people and one hostile file name."
-    from cpcl.page import serve
-    from cpcl.search import Index
+    from cpcl.search.page import serve
+    from cpcl.search.index import Index
     tmp = tmp_path_factory.mktemp("page"); split = load_split(sample_set(), split="test"); crops = tmp/"crops"
     for row in range(len(split.images)):
         out = crops/split.images[row].removeprefix("imgs/"); out.parent.mkdir(parents=True, exist_ok=True); shutil.copy(split.path(row), out)
@@ -95,13 +95,13 @@ def test_marked_images_are_asked_with(tab):
 def test_empty_and_over_long_queries_are_answered(tab):
     ask(tab, "   "); shows(tab, 0); assert "sentence" in tab.locator("#line").inner_text()
     box = tab.locator("#sentence textarea, #sentence input").first
-    box.fill("red " * 2000); assert len(box.input_value()) == 2000  # the box takes no more; what the server does with more is in 83_page
+    box.fill("red " * 2000); assert len(box.input_value()) == 2000  # the box takes no more; what the server does with more is in search/04_page
     ask(tab, "a hat"); shows(tab, 12)
 
 def test_a_hostile_file_name_stays_text_and_no_other_file_is_served(tab, served):
     index, address, _ = served
     ask(tab, "a person"); assert tab.title() == "Find a person by a sentence"
-    from cpcl.page import Page
+    from cpcl.search.page import Page
     assert HOSTILE in Page(index).like(HOSTILE, 3, "any")[1]
     for path in ("/etc/passwd", str(index.manifest["run"]) + "/config.json", str(index.manifest["folder"])):
         for route in ("gradio_api/file=", "file="):
@@ -117,6 +117,6 @@ def test_a_phone_shows_it_all(browser, served, tmp_path):
 
 def test_others_need_a_password(served, monkeypatch):
     from cpcl.core import UserError
-    from cpcl.page import serve
+    from cpcl.search.page import serve
     monkeypatch.setenv("CPCL_PASSWORD", "short"); monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(UserError, match="8 characters"): serve(served[0], host="0.0.0.0", block=False)

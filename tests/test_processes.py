@@ -5,18 +5,18 @@ import numpy as np
 import pytest
 import torch
 
-from cpcl.checkpoint import read_history
-from cpcl.synth import write_synth
+from cpcl.train.checkpoint import read_history
+from cpcl.synth.dataset import write_synth
 
 # fp64: in double precision two orders of addition differ in the sixteenth digit, and two epochs later still not in the ninth.
 SETTINGS = ["--pretrained", "none", "--height", "48", "--width", "24", "--epochs", "2", "--batch-size", "15", "--set", "labels.image.k1=6", "labels.caption.k1=6", "optim.precision=fp64"]
 # What a process does: `cpcl train`, noting what it saw of every epoch: labels, prototypes as they were left, which rows it encoded, who wrote what.
 NOTED = """
-import json, os, sys, torch, cpcl.checkpoint, cpcl.core, cpcl.distributed, cpcl.epoch, cpcl.eval, cpcl.labels, cpcl.train
+import json, os, sys, torch, cpcl.train.checkpoint, cpcl.core, cpcl.train.processes, cpcl.train.epoch, cpcl.eval.scores, cpcl.train.labels, cpcl.train.loop
 torch.set_num_threads(1)
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 notes, calls, steps, written, encoded = [], dict(labels=0, evaluated=0), [], [], []
-honest, step, label, rank_all, keep = cpcl.train.train_epoch, cpcl.epoch.step_loss, cpcl.epoch.epoch_labels, cpcl.train.evaluate, cpcl.checkpoint.atomic_path
+honest, step, label, rank_all, keep = cpcl.train.loop.train_epoch, cpcl.train.epoch.step_loss, cpcl.train.epoch.epoch_labels, cpcl.train.loop.evaluate, cpcl.train.checkpoint.atomic_path
 def epoch(model, optimizer, loader, memories, *args, **kwargs):
     assert args[1].num_processes == world == (torch.distributed.get_world_size() if world > 1 else 1)
     row = honest(model, optimizer, loader, memories, *args, **kwargs)
@@ -30,7 +30,7 @@ def one(model, batch, *args, **kwargs):
 def labels(*args, **kwargs): calls["labels"] += 1; return label(*args, **kwargs)
 def evaluated(*args, **kwargs): calls["evaluated"] += 1; return rank_all(*args, **kwargs)
 def wrote(path): written.append(os.path.basename(path)); return keep(path)
-cpcl.train.train_epoch, cpcl.epoch.step_loss, cpcl.epoch.epoch_labels, cpcl.train.evaluate, cpcl.checkpoint.atomic_path = epoch, one, labels, evaluated, wrote
+cpcl.train.loop.train_epoch, cpcl.train.epoch.step_loss, cpcl.train.epoch.epoch_labels, cpcl.train.loop.evaluate, cpcl.train.checkpoint.atomic_path = epoch, one, labels, evaluated, wrote
 def main(words):
     from cpcl.cli import main
     code = main(words)
@@ -44,8 +44,8 @@ os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
 from accelerate import notebook_launcher
 def training(words):
     import torch; torch.set_num_threads(1)
-    from cpcl.train import train_run
-    from cpcl.encoder import EncoderConfig
+    from cpcl.train.loop import train_run
+    from cpcl.encoder.towers import EncoderConfig
     root, out = words
     assert torch.distributed.is_initialized() is False
     train_run(root, out, encoder=EncoderConfig(pretrained="", height=48, width=24), changes={"optim.epochs": 2, "optim.batch_size": 15, "labels.image.k1": 6, "labels.caption.k1": 6, "optim.precision": "fp64", "optim.warmup": 1})
@@ -57,7 +57,7 @@ notebook_launcher(training, (WORDS,), num_processes=2, use_port="PORT")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     "A set whose sizes nothing divides: 15 pairs a batch leave a last one, and no two or three processes share its images or captions evenly."
-    from cpcl.data import load_split
+    from cpcl.data.read import load_split
     root = write_synth(tmp_path_factory.mktemp("several") / "set", people=16, seed=12, splits=(11, 2, 3))
     raw = json.loads((root / "reid_raw.json").read_text())
     train = [r for r in raw if r["split"] == "train"]
@@ -145,9 +145,9 @@ def test_features_are_shared_and_in_row_order(root, tmp_path, promise):
     script = tmp_path / "features.py"
     script.write_text("""
 import json, os, torch
-from cpcl.data import load_split
-from cpcl.distributed import shared_features, start_processes
-from cpcl.encoder import EncoderConfig, Encoder, features, load_encoder
+from cpcl.data.read import load_split
+from cpcl.train.processes import shared_features, start_processes
+from cpcl.encoder.towers import EncoderConfig, Encoder, features, load_encoder
 torch.set_num_threads(1); torch.manual_seed(0)
 accelerator, _ = start_processes(); assert accelerator.num_processes == torch.distributed.get_world_size() == 2
 encoder, split = load_encoder(EncoderConfig(pretrained="", height=48, width=24)).double(), load_split(json.loads(os.environ["WORDS"]))
@@ -211,5 +211,5 @@ def test_launched_from_a_notebook(runs, root, tmp_path, promise):
 def test_a_rank_that_dies_in_a_notebook(root, tmp_path, promise):
     promise("a process that dies ends the run with its traceback, not a hang")
     import nbclient
-    broken = NOTEBOOK.replace("root, out = words", "root, out = words\n    import cpcl.epoch, os\n    if os.environ['RANK'] == '1': cpcl.epoch.hcm_loss = lambda *a, **k: 1 / 0")
+    broken = NOTEBOOK.replace("root, out = words", "root, out = words\n    import cpcl.train.epoch, os\n    if os.environ['RANK'] == '1': cpcl.train.epoch.hcm_loss = lambda *a, **k: 1 / 0")
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="ZeroDivisionError"): execute(broken.replace("WORDS", repr((str(root), str(tmp_path / "run")))).replace("PORT", free_port()), 120)

@@ -1,0 +1,11 @@
+"A drawing program: people, cameras and sentences about them, written in the benchmarks' layouts."
+
+from .._front_door import front_door
+
+__getattr__, __dir__, __all__ = front_door(
+    __name__,
+    dataset="SynthWorld write_synth",
+    people="Person draw_person",
+    captions="Writer Annotator",
+    camera="Camera picture",
+)
