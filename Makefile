@@ -25,6 +25,7 @@ export NUMBA_CACHE_DIR := $(CURDIR)/.cache/numba
 
 test: install ## what decides whether a change lands
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests
 	$(BIN)/nbdev_test --n_workers 2
 

@@ -1,4 +1,5 @@
 "A short `setup.py` over `settings.ini` (nbdev's own template does not run on Python 3.11 and later)."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -14,7 +15,9 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf8") if (here / "README.md").exists() else cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf8")
+    if (here / "README.md").exists()
+    else cfg["description"],
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
@@ -24,7 +27,15 @@ setup(
     packages=find_packages(include=["cpcl", "cpcl.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split() + cfg["platform_requirements"].split(),
-    extras_require={e: " ".join(cfg[f"{p}_requirements"] for p in parts).split() for e, parts in {"app": ["app"], "export": ["export"], "milvus": ["milvus"], "dev": ["dev", "app", "export", "milvus"]}.items()},
+    extras_require={
+        e: " ".join(cfg[f"{p}_requirements"] for p in parts).split()
+        for e, parts in {
+            "app": ["app"],
+            "export": ["export"],
+            "milvus": ["milvus"],
+            "dev": ["dev", "app", "export", "milvus"],
+        }.items()
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

@@ -20,141 +20,187 @@ class UserError(ValueError):
 
 # %% ../nbs/01_core.ipynb #1804ae2d
 def seed_everything(
-    seed:int, # any integer from 0 to 2**32 - 1
+    seed: int,  # any integer from 0 to 2**32 - 1
 ):
     "Set the seeds of Python, NumPy and torch (ours)."
-    if not 0 <= seed < 2**32: raise UserError(f"seed must lie in 0..2**32-1, got {seed}")
-    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must lie in 0..2**32-1, got {seed}")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 # %% ../nbs/01_core.ipynb #9cd01f56
 def keyed_rng(
-    *key:int, # non-negative integers, e.g. (seed, epoch, row)
-) -> np.random.Generator: # independent of every other key's
+    *key: int,  # non-negative integers, e.g. (seed, epoch, row)
+) -> np.random.Generator:  # independent of every other key's
     "A random generator that depends on its key and on nothing else (ours)."
     return np.random.default_rng(np.random.SeedSequence((len(key), *key)))
 
 # %% ../nbs/01_core.ipynb #7a377007
 def unit(
-    x, # `[..., D]` array or tensor of floats
-): # same type and shape, each row of length 1 (a zero row stays zero)
+    x,  # `[..., D]` array or tensor of floats
+):  # same type and shape, each row of length 1 (a zero row stays zero)
     "Scale every row to length one (cosine similarity's normalisation)."
-    if isinstance(x, torch.Tensor): return torch.nn.functional.normalize(x, dim=-1, eps=1e-12)
+    if isinstance(x, torch.Tensor):
+        return torch.nn.functional.normalize(x, dim=-1, eps=1e-12)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12).astype(x.dtype)
 
 # %% ../nbs/01_core.ipynb #a4519b5a
 def at_least_float32(
-    x:torch.Tensor, # floats of any precision
-) -> torch.Tensor: # float32, or double if `x` is
+    x: torch.Tensor,  # floats of any precision
+) -> torch.Tensor:  # float32, or double if `x` is
     "Half precision made float32, the rest as it is (ours)."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/01_core.ipynb #d901ac12
 def check_features(
-    x, # to be checked: `[N, D]` floats, finite, unit rows
-    name:str="features", # how the message calls it
-): # `x` itself
+    x,  # to be checked: `[N, D]` floats, finite, unit rows
+    name: str = "features",  # how the message calls it
+):  # `x` itself
     "Refuse what is not a finite `[N, D]` matrix of unit rows; raises ValueError (ours)."
-    if x.ndim != 2: raise ValueError(f"{name} must be [N, D], got shape {tuple(x.shape)}")
+    if x.ndim != 2:
+        raise ValueError(f"{name} must be [N, D], got shape {tuple(x.shape)}")
     ok = x.dtype.is_floating_point if isinstance(x, torch.Tensor) else np.issubdtype(x.dtype, np.floating)
-    if not ok: raise ValueError(f"{name} must hold floats, got {x.dtype}")
-    if len(x) == 0: return x
-    sq = torch.linalg.vecdot(x, x) if isinstance(x, torch.Tensor) else np.einsum("nd,nd->n", x, x) # no copy of x
+    if not ok:
+        raise ValueError(f"{name} must hold floats, got {x.dtype}")
+    if len(x) == 0:
+        return x
+    sq = (
+        torch.linalg.vecdot(x, x) if isinstance(x, torch.Tensor) else np.einsum("nd,nd->n", x, x)
+    )  # no copy of x
     low, high = float(sq.min()), float(sq.max())
-    if not np.isfinite(low + high): raise ValueError(f"{name} holds NaN or infinity")
-    if low < .98 or high > 1.02:
-        raise ValueError(f"{name} must have unit rows, got lengths from {low**.5:.3g} to {high**.5:.3g}; call unit(x) first")
+    if not np.isfinite(low + high):
+        raise ValueError(f"{name} holds NaN or infinity")
+    if low < 0.98 or high > 1.02:
+        raise ValueError(
+            f"{name} must have unit rows, got lengths from {low**0.5:.3g} to {high**0.5:.3g}; call unit(x) first"
+        )
     return x
 
 # %% ../nbs/01_core.ipynb #54ebf011
 def check_labels(
-    labels, # to be checked: int64 `[n]`, -1 = outlier, else 0..K-1 without gaps
-    n:int=None, # rows expected; None accepts any
-    name:str="labels", # how the message calls it
-) -> int: # K, the number of clusters
+    labels,  # to be checked: int64 `[n]`, -1 = outlier, else 0..K-1 without gaps
+    n: int = None,  # rows expected; None accepts any
+    name: str = "labels",  # how the message calls it
+) -> int:  # K, the number of clusters
     "Refuse what is not a gapless labelling and count its clusters; raises ValueError (ours)."
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{name} must be a vector of integers, got {labels.dtype} of shape {labels.shape}")
-    if n is not None and len(labels) != n: raise ValueError(f"{name} must have {n} rows, got {len(labels)}")
-    if len(labels) == 0: return 0
-    if labels.min() < -1: raise ValueError(f"{name} must be -1 or a cluster, got {labels.min()}")
+    if n is not None and len(labels) != n:
+        raise ValueError(f"{name} must have {n} rows, got {len(labels)}")
+    if len(labels) == 0:
+        return 0
+    if labels.min() < -1:
+        raise ValueError(f"{name} must be -1 or a cluster, got {labels.min()}")
     k = int(labels.max()) + 1
     missing = np.setdiff1d(np.arange(k), labels)
-    if len(missing): raise ValueError(f"{name} must be 0..K-1 without gaps, {missing[0]} has no row")
+    if len(missing):
+        raise ValueError(f"{name} must be 0..K-1 without gaps, {missing[0]} has no row")
     return k
 
 # %% ../nbs/01_core.ipynb #e3a7fd87
-def default_device() -> torch.device: # cuda, mps or cpu
+def default_device() -> torch.device:  # cuda, mps or cpu
     "The fastest device this machine has (ours)."
-    if torch.cuda.is_available(): return torch.device("cuda")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/01_core.ipynb #be37b0ad
 def progress(
-    iterable=None, # what to walk through; None for a bar moved by hand with `.update()`
-    desc:str="", # what is being done
-    total:int=None, # steps, where `iterable` has no length
-    unit:str="it", # what one step is
-): # an iterator over the same things
+    iterable=None,  # what to walk through; None for a bar moved by hand with `.update()`
+    desc: str = "",  # what is being done
+    total: int = None,  # steps, where `iterable` has no length
+    unit: str = "it",  # what one step is
+):  # an iterator over the same things
     "A progress bar that appears only after two seconds and leaves no trace (tqdm)."
     return tqdm(iterable, desc=desc, total=total, unit=unit, delay=2, leave=False, dynamic_ncols=True)
 
 # %% ../nbs/01_core.ipynb #717c0201
 class Stopwatch:
     "Seconds by stage: `with watch('steps'): ...` adds to `watch.seconds['steps']` (ours)."
-    def __init__(self): self.seconds = {}
+
+    def __init__(self):
+        self.seconds = {}
+
     @contextlib.contextmanager
-    def __call__(self, stage:str):
+    def __call__(self, stage: str):
         start = time.perf_counter()
-        try: yield
-        finally: self.seconds[stage] = self.seconds.get(stage, 0.) + time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 # %% ../nbs/01_core.ipynb #4294baf2
-def peak_memory(
-) -> int: # bytes; 0 where the system does not tell (Windows)
+def peak_memory() -> int:  # bytes; 0 where the system does not tell (Windows)
     "The largest resident memory of this process so far (getrusage)."
-    try: import resource
-    except ImportError: return 0
+    try:
+        import resource
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/01_core.ipynb #0e25e729
 @contextlib.contextmanager
 def atomic_path(
-    path, # final file path; its folder is made
+    path,  # final file path; its folder is made
 ):
     "Yield a temporary path in the same folder; rename it to `path` if the block succeeds, else remove it; raises UserError where the disk does not take it (POSIX rename)."
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    except OSError as e: raise UserError(f"cannot write {path}: {e.strerror}; name another place, or mend what stands in the way") from e
-    os.close(handle); tmp = Path(name)
+    except OSError as e:
+        raise UserError(
+            f"cannot write {path}: {e.strerror}; name another place, or mend what stands in the way"
+        ) from e
+    os.close(handle)
+    tmp = Path(name)
     try:
         yield tmp
-        with open(tmp, "rb+") as f: os.fsync(f.fileno()) # its bytes are on the disk before its name is
-        os.chmod(tmp, 0o644); os.replace(tmp, path)
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())  # its bytes are on the disk before its name is
+        os.chmod(tmp, 0o644)
+        os.replace(tmp, path)
     except Exception as e:
-        if not (why := _full(e)): raise
-        raise UserError(f"cannot write {path}: {why}; what lay there before is whole, make room and run it again (a training with --resume)") from e
-    finally: tmp.unlink(missing_ok=True)
+        if not (why := _full(e)):
+            raise
+        raise UserError(
+            f"cannot write {path}: {why}; what lay there before is whole, make room and run it again (a training with --resume)"
+        ) from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
 
 def _full(e):
     "Why a disk took no more, in words; empty for any other exception. Writers in Rust (safetensors) hide the number in their text."
     said = re.search(r"os error (\d+)", str(e))
     number = e.errno if isinstance(e, OSError) else int(said[1]) if said else 0
-    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS) else ""
+    return (
+        os.strerror(number)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+        else ""
+    )
+
 
 def clear_halves(
-    folder, # where `atomic_path` wrote
+    folder,  # where `atomic_path` wrote
 ):
     "Remove what a killed process left half-written beside its files; only where nobody else is writing (ours)."
-    for pattern in (".*-????????.*", ".tmp??????"): # ours, and those of safetensors' own writer
-        for tmp in Path(folder).glob(pattern): tmp.unlink(missing_ok=True)
+    for pattern in (".*-????????.*", ".tmp??????"):  # ours, and those of safetensors' own writer
+        for tmp in Path(folder).glob(pattern):
+            tmp.unlink(missing_ok=True)
 
 # %% ../nbs/01_core.ipynb #5fdb6905
-def repo_root() -> Path | None: # the checkout's root, or None outside one
+def repo_root() -> Path | None:  # the checkout's root, or None outside one
     "The folder of this project's checkout: of the working folder first, else of the installed package (ours)."
-    def _ours(p): return (p/"settings.ini").is_file() and "lib_name = cpcl" in (p/"settings.ini").read_text(encoding="utf8")
+
+    def _ours(p):
+        return (p / "settings.ini").is_file() and "lib_name = cpcl" in (p / "settings.ini").read_text(
+            encoding="utf8"
+        )
+
     for start in (Path.cwd(), Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()):
         for p in (start, *start.parents):
-            if _ours(p): return p
+            if _ours(p):
+                return p

@@ -17,41 +17,57 @@ from .losses import chm as chm_term, icpm, itc, match_matrix, pcm_term
 @dataclass(frozen=True)
 class HCMConfig:
     "What the matching loss is made of (paper: HCM; weights and switches the paper leaves open are ours)."
-    tau_p:float=.02 # temperature of PCM, above 0
-    tau_i:float=.02 # temperature of ICPM, above 0
-    lam:float=1. # weight of PCM, 0 or more
-    beta:float=0. # weight of InfoNCE on the pairs, 0 or more
-    tau_itc:float=.02 # temperature of InfoNCE, above 0
-    itc_matches:Literal["out", "wrong"]="out" # what InfoNCE makes of a match that is not the own pair: leave it out, or call it wrong
-    pcm:Literal["both", "single", "cross", "none"]="both" # which prototypes a feature meets: its own modality's, the other's, both
-    match:Literal["pairs", "pseudo"]="pairs" # ICPM's matches: the same image, or also the same image cluster
-    kl:Literal["reverse", "forward"]="reverse" # direction of ICPM's divergence
-    icpm:float=1. # weight of ICPM, 0 switches it off
-    chm:float=0. # weight of the hardest-mistake margin, 0 or more
-    margin:float=.3 # cosine by which the own pair must lead in CHM, 0..2
+
+    tau_p: float = 0.02  # temperature of PCM, above 0
+    tau_i: float = 0.02  # temperature of ICPM, above 0
+    lam: float = 1.0  # weight of PCM, 0 or more
+    beta: float = 0.0  # weight of InfoNCE on the pairs, 0 or more
+    tau_itc: float = 0.02  # temperature of InfoNCE, above 0
+    itc_matches: Literal["out", "wrong"] = (
+        "out"  # what InfoNCE makes of a match that is not the own pair: leave it out, or call it wrong
+    )
+    pcm: Literal["both", "single", "cross", "none"] = (
+        "both"  # which prototypes a feature meets: its own modality's, the other's, both
+    )
+    match: Literal["pairs", "pseudo"] = (
+        "pairs"  # ICPM's matches: the same image, or also the same image cluster
+    )
+    kl: Literal["reverse", "forward"] = "reverse"  # direction of ICPM's divergence
+    icpm: float = 1.0  # weight of ICPM, 0 switches it off
+    chm: float = 0.0  # weight of the hardest-mistake margin, 0 or more
+    margin: float = 0.3  # cosine by which the own pair must lead in CHM, 0..2
 
     def __post_init__(self):
-        for name, choices in (("pcm", ("both", "single", "cross", "none")), ("match", ("pairs", "pseudo")), ("kl", ("reverse", "forward")), ("itc_matches", ("out", "wrong"))):
-            if getattr(self, name) not in choices: raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, choices in (
+            ("pcm", ("both", "single", "cross", "none")),
+            ("match", ("pairs", "pseudo")),
+            ("kl", ("reverse", "forward")),
+            ("itc_matches", ("out", "wrong")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("tau_p", "tau_i", "tau_itc"):
-            if not 0 < getattr(self, name) < math.inf: raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("lam", "beta", "icpm", "chm"):
-            if not 0 <= getattr(self, name) < math.inf: raise UserError(f"{name} is a weight and must be 0 or more, got {getattr(self, name)}")
-        if not 0 <= self.margin <= 2: raise UserError(f"margin is a difference of cosines and must lie in 0..2, got {self.margin}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is a weight and must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.margin <= 2:
+            raise UserError(f"margin is a difference of cosines and must lie in 0..2, got {self.margin}")
         if not (self.icpm or self.beta or self.chm or (self.lam and self.pcm != "none")):
             raise UserError("nothing to train: give icpm, beta, chm or (with pcm) lam a weight above 0")
 
 # %% ../nbs/61_hcm.ipynb #1c885b41
 def pcm_terms(
-    img, # `[B, D]` image features, row r belongs to pair r
-    txt, # `[B, D]` caption features
-    y_v, # `[B]` int, the image's cluster in protos_v, -1 = outlier
-    y_t, # `[B]` int, the caption's cluster in protos_t, -1 = outlier
-    protos_v, # `[K_v, D]` image prototypes
-    protos_t, # `[K_t, D]` caption prototypes
-    pcm:str="both", # "both", "single", "cross" or "none"
-    tau:float=.02, # temperature tau_p
-) -> dict: # name -> scalar, one for each active term
+    img,  # `[B, D]` image features, row r belongs to pair r
+    txt,  # `[B, D]` caption features
+    y_v,  # `[B]` int, the image's cluster in protos_v, -1 = outlier
+    y_t,  # `[B]` int, the caption's cluster in protos_t, -1 = outlier
+    protos_v,  # `[K_v, D]` image prototypes
+    protos_t,  # `[K_t, D]` caption prototypes
+    pcm: str = "both",  # "both", "single", "cross" or "none"
+    tau: float = 0.02,  # temperature tau_p
+) -> dict:  # name -> scalar, one for each active term
     "The active prototype terms: the label always belongs to the modality of the prototypes (paper: PCM, single- and cross-modal)."
     single = dict(pcm_v=(img, protos_v, y_v), pcm_t=(txt, protos_t, y_t))
     cross = dict(pcm_vt=(img, protos_t, y_t), pcm_tv=(txt, protos_v, y_v))
@@ -60,26 +76,35 @@ def pcm_terms(
 
 # %% ../nbs/61_hcm.ipynb #2537061f
 def hcm_loss(
-    img, # `[B, D]` image features, row r belongs to pair r
-    txt, # `[B, D]` caption features
-    image_row, # `[B]` int, a(j): the image row of each pair
-    y_v, # `[B]` int, the image's cluster in protos_v, -1 = outlier; None where neither PCM nor "pseudo" asks
-    y_t, # `[B]` int, the caption's cluster in protos_t, -1 = outlier; None without PCM
-    protos_v, # `[K_v, D]` image prototypes, K_v may be 0; None without PCM
-    protos_t, # `[K_t, D]` caption prototypes, K_t may be 0; None without PCM
-    cfg:HCMConfig, # weights, temperatures, switches
-    chm:float=None, # overrides cfg.chm for a schedule; None keeps it
-): # (loss, a scalar with a graph; parts, dict name -> detached unweighted scalar)
+    img,  # `[B, D]` image features, row r belongs to pair r
+    txt,  # `[B, D]` caption features
+    image_row,  # `[B]` int, a(j): the image row of each pair
+    y_v,  # `[B]` int, the image's cluster in protos_v, -1 = outlier; None where neither PCM nor "pseudo" asks
+    y_t,  # `[B]` int, the caption's cluster in protos_t, -1 = outlier; None without PCM
+    protos_v,  # `[K_v, D]` image prototypes, K_v may be 0; None without PCM
+    protos_t,  # `[K_t, D]` caption prototypes, K_t may be 0; None without PCM
+    cfg: HCMConfig,  # weights, temperatures, switches
+    chm: float = None,  # overrides cfg.chm for a schedule; None keeps it
+):  # (loss, a scalar with a graph; parts, dict name -> detached unweighted scalar)
     "L = icpm L_ICPM + lam L_PCM + beta L_ITC + chm L_CHM over the terms with a weight (paper: HCM; ICPG: CHM)."
     chm = cfg.chm if chm is None else chm
     match, parts, weighted = match_matrix(image_row, y_v, cfg.match), {}, []
-    def _add(name, weight, term): parts[name] = term; weighted.append(weight * term)
-    if cfg.icpm: _add("icpm", cfg.icpm, icpm(img, txt, match, cfg.tau_i, cfg.kl))
+
+    def _add(name, weight, term):
+        parts[name] = term
+        weighted.append(weight * term)
+
+    if cfg.icpm:
+        _add("icpm", cfg.icpm, icpm(img, txt, match, cfg.tau_i, cfg.kl))
     if cfg.lam and cfg.pcm != "none":
         terms = pcm_terms(img, txt, y_v, y_t, protos_v, protos_t, cfg.pcm, cfg.tau_p)
-        _add("pcm", cfg.lam, sum(terms.values()) / len(terms)); parts.update(terms)
-    if cfg.beta: _add("itc", cfg.beta, itc(img, txt, match if cfg.itc_matches == "out" else None, cfg.tau_itc))
-    if chm: _add("chm", chm, chm_term(img, txt, match, cfg.margin))
-    if not weighted: raise ValueError(f"nothing to train: every weight is 0 (chm={chm}, {cfg})")
+        _add("pcm", cfg.lam, sum(terms.values()) / len(terms))
+        parts.update(terms)
+    if cfg.beta:
+        _add("itc", cfg.beta, itc(img, txt, match if cfg.itc_matches == "out" else None, cfg.tau_itc))
+    if chm:
+        _add("chm", chm, chm_term(img, txt, match, cfg.margin))
+    if not weighted:
+        raise ValueError(f"nothing to train: every weight is 0 (chm={chm}, {cfg})")
     loss = sum(weighted)
     return loss, {"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}}

@@ -21,61 +21,126 @@ from .eval.scores import METRICS
 from .data.batches import CLIP_MEAN, CLIP_STD, tokenize
 
 # %% ../nbs/hub.ipynb #715749e9
-class CPCL(Encoder, PyTorchModelHubMixin, library_name="cpcl", license="mit", tags=["text-based-person-retrieval", "clip", "cpcl"], repo_url="https://arxiv.org/abs/2401.10011"):
+class CPCL(
+    Encoder,
+    PyTorchModelHubMixin,
+    library_name="cpcl",
+    license="mit",
+    tags=["text-based-person-retrieval", "clip", "cpcl"],
+    repo_url="https://arxiv.org/abs/2401.10011",
+):
     "An encoder with a name: load it, ask it, publish it (huggingface_hub's mixin)."
-    def __init__(self,
-        model:str="tiny", # "tiny" or an open_clip name
-        image_size:list=(96, 40), # [height, width] in pixels
-        results:dict=None, # metric -> percent of the run, for the card
-        trained:dict=None, # preset, data and seed of the run, for the card
+
+    def __init__(
+        self,
+        model: str = "tiny",  # "tiny" or an open_clip name
+        image_size: list = (96, 40),  # [height, width] in pixels
+        results: dict = None,  # metric -> percent of the run, for the card
+        trained: dict = None,  # preset, data and seed of the run, for the card
     ):
         super().__init__(model, tuple(image_size))
         self.results, self.trained = results or {}, trained or {}
         self.eval()
 
     @classmethod
-    def from_run(cls,
-        run, # a finished run folder
-        which:str="last", # "last" or "best"
-    ): # a CPCL
+    def from_run(
+        cls,
+        run,  # a finished run folder
+        which: str = "last",  # "last" or "best"
+    ):  # a CPCL
         "The model of a run with its results; raises UserError (ours)."
         encoder, cfg = load_run(run, which), read_config(run)
-        result, config = Path(run)/"result.json", Path(run)/"config.json"
-        try: found = json.loads(result.read_text(encoding="utf8")) if result.is_file() else {}; score = dict(found.get(which, {}))
-        except (ValueError, TypeError, AttributeError): raise UserError(f"{result} is damaged: remove it, or resume the run, which writes it again") from None
+        result, config = Path(run) / "result.json", Path(run) / "config.json"
+        try:
+            found = json.loads(result.read_text(encoding="utf8")) if result.is_file() else {}
+            score = dict(found.get(which, {}))
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(
+                f"{result} is damaged: remove it, or resume the run, which writes it again"
+            ) from None
         data = json.loads(config.read_text(encoding="utf8")).get("data", {})
-        model = cls(model=encoder.model, image_size=list(encoder.image_size), results={m: score[m] for m in METRICS if m in score},
-                    trained=dict(preset=cfg.preset, seed=cfg.seed, epochs=cfg.optim.epochs, data=data.get("name", ""), split=found.get("split", "")))
+        model = cls(
+            model=encoder.model,
+            image_size=list(encoder.image_size),
+            results={m: score[m] for m in METRICS if m in score},
+            trained=dict(
+                preset=cfg.preset,
+                seed=cfg.seed,
+                epochs=cfg.optim.epochs,
+                data=data.get("name", ""),
+                split=found.get("split", ""),
+            ),
+        )
         model.load_state_dict(encoder.state_dict())
         return model
 
     @classmethod
-    def _from_pretrained(cls, *, model_id, revision, cache_dir, force_download, local_files_only, token, map_location="cpu", strict=True, **settings):
+    def _from_pretrained(
+        cls,
+        *,
+        model_id,
+        revision,
+        cache_dir,
+        force_download,
+        local_files_only,
+        token,
+        map_location="cpu",
+        strict=True,
+        **settings,
+    ):
         "huggingface_hub's hook: safetensors or nothing."
-        path = Path(model_id)/"model.safetensors"
+        path = Path(model_id) / "model.safetensors"
         if Path(model_id).is_dir():
-            if not path.is_file(): raise UserError(f"{model_id} holds no model.safetensors; other formats are not loaded, since unpickling runs code")
-        else: path = hf_hub_download(model_id, "model.safetensors", revision=revision, cache_dir=cache_dir, force_download=force_download, token=token, local_files_only=local_files_only)
+            if not path.is_file():
+                raise UserError(
+                    f"{model_id} holds no model.safetensors; other formats are not loaded, since unpickling runs code"
+                )
+        else:
+            path = hf_hub_download(
+                model_id,
+                "model.safetensors",
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                token=token,
+                local_files_only=local_files_only,
+            )
         model = cls(**settings)
         state, want = read_weights(path), model.state_dict()
-        wrong = sorted(k for k in want.keys() | state.keys() if k not in want or k not in state or want[k].shape != state[k].shape)
-        if wrong: raise UserError(f"{path} does not fit {model.model}: {len(wrong)} tensors missing, left over or of another shape, e.g. {', '.join(wrong[:3])}")
+        wrong = sorted(
+            k
+            for k in want.keys() | state.keys()
+            if k not in want or k not in state or want[k].shape != state[k].shape
+        )
+        if wrong:
+            raise UserError(
+                f"{path} does not fit {model.model}: {len(wrong)} tensors missing, left over or of another shape, e.g. {', '.join(wrong[:3])}"
+            )
         model.load_state_dict(state)
         return model.to(map_location).eval()
 
 # %% ../nbs/hub.ipynb #ca527c5a
 @patch
-def generate_model_card(self:CPCL, *args, **kwargs) -> ModelCard:
+def generate_model_card(self: CPCL, *args, **kwargs) -> ModelCard:
     "The card: what it is, its results, how to use it, what it is not for."
-    data = ModelCardData(library_name="cpcl", license="mit", tags=["text-based-person-retrieval", "clip", "cpcl"], pipeline_tag="feature-extraction")
+    data = ModelCardData(
+        library_name="cpcl",
+        license="mit",
+        tags=["text-based-person-retrieval", "clip", "cpcl"],
+        pipeline_tag="feature-extraction",
+    )
     rows = "\n".join(f"| {m} | {v:.2f} |" for m, v in self.results.items())
-    table = f"Text to image on the {self.trained.get('split', '')} split of {self.trained.get('data', '')}, in percent, one run (seed {self.trained.get('seed')}):\n\n| | |\n|---|---|\n{rows}\n" if rows else "No result was recorded with this model.\n"
+    table = (
+        f"Text to image on the {self.trained.get('split', '')} split of {self.trained.get('data', '')}, in percent, one run (seed {self.trained.get('seed')}):\n\n| | |\n|---|---|\n{rows}\n"
+        if rows
+        else "No result was recorded with this model.\n"
+    )
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
-# {self.model} CLIP fine-tuned with `{self.trained.get('preset', 'cpcl')}`
+# {self.model} CLIP fine-tuned with `{self.trained.get("preset", "cpcl")}`
 
-Finds a person by a sentence. Weakly supervised (CPCL, arXiv 2401.10011): trained from image-caption pairs{', with true identities' if self.trained.get('preset') == 'supervised' else ' without identity labels'}. Images {self.image_size[0]} x {self.image_size[1]}, features {self.width} wide.
+Finds a person by a sentence. Weakly supervised (CPCL, arXiv 2401.10011): trained from image-caption pairs{", with true identities" if self.trained.get("preset") == "supervised" else " without identity labels"}. Images {self.image_size[0]} x {self.image_size[1]}, features {self.width} wide.
 
 ## Results
 
@@ -96,32 +161,78 @@ For galleries one has the right to search. Similarity is no proof of identity: p
 # %% ../nbs/hub.ipynb #e5b38485
 class _Tower(torch.nn.Module):
     "One tower as a module of its own."
-    def __init__(self, encoder, which): super().__init__(); self.encoder, self.which = encoder, which
+
+    def __init__(self, encoder, which):
+        super().__init__()
+        self.encoder, self.which = encoder, which
+
     def forward(self, x):
         "Unit rows."
         e = self.encoder
-        return torch.nn.functional.normalize(e.clip.encode_image(x).float() if self.which == "image" else e.clip.encode_text(x).float(), dim=-1)
+        return torch.nn.functional.normalize(
+            e.clip.encode_image(x).float() if self.which == "image" else e.clip.encode_text(x).float(), dim=-1
+        )
+
 
 def export_onnx(
-    encoder:Encoder, # the model
-    folder, # where image.onnx, text.onnx and preprocess.json go
-    opset:int=18, # ONNX operator set
-) -> dict: # tower -> largest difference to torch
+    encoder: Encoder,  # the model
+    folder,  # where image.onnx, text.onnx and preprocess.json go
+    opset: int = 18,  # ONNX operator set
+) -> dict:  # tower -> largest difference to torch
     "Write both towers as ONNX and compare them with torch; raises UserError (torch.onnx, onnxruntime)."
-    try: import onnx, onnxruntime # noqa: F401
-    except ImportError: raise UserError("to export, install onnx, onnxscript and onnxruntime, or cpcl[export]") from None
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); encoder = encoder.to("cpu").eval(); g = torch.Generator().manual_seed(0)
-    texts = tokenize(["a woman in a red coat", "a man with a black backpack and white shoes", "a child"], encoder.context_length)
+    try:
+        import onnx, onnxruntime  # noqa: F401
+    except ImportError:
+        raise UserError("to export, install onnx, onnxscript and onnxruntime, or cpcl[export]") from None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = encoder.to("cpu").eval()
+    g = torch.Generator().manual_seed(0)
+    texts = tokenize(
+        ["a woman in a red coat", "a man with a black backpack and white shoes", "a child"],
+        encoder.context_length,
+    )
     inputs, away = dict(image=torch.randn((3, 3, *encoder.image_size), generator=g), text=texts), {}
     for which, x in inputs.items():
         tower = _Tower(encoder, which).eval()
-        with torch.inference_mode(): want = [tower(x[:n]).numpy() for n in (1, 3)]
-        with atomic_path(folder/f"{which}.onnx") as t, torch.no_grad():
-            torch.onnx.export(tower, (x[:2],), str(t), input_names=["x"], output_names=["features"], dynamic_shapes={"x": {0: torch.export.Dim("batch")}}, opset_version=opset, dynamo=True, external_data=False, verbose=False)
-        run = onnxruntime.InferenceSession(str(folder/f"{which}.onnx"), providers=["CPUExecutionProvider"])
-        away[which] = float(max(np.abs(run.run(None, {"x": x[:n].numpy()})[0] - w).max() for n, w in zip((1, 3), want)))
-        if away[which] > 1e-4: raise UserError(f"the exported {which} tower is {away[which]:.1e} away from torch, more than 1e-4")
-    with atomic_path(folder/"preprocess.json") as t:
-        t.write_text(json.dumps(dict(model=encoder.model, image_size=list(encoder.image_size), resize="bicubic", scale=1 / 255, mean=list(CLIP_MEAN), std=list(CLIP_STD),
-                                     context_length=encoder.context_length, tokenizer="CLIP's byte pairs, padded with zeros"), indent=1), encoding="utf8")
+        with torch.inference_mode():
+            want = [tower(x[:n]).numpy() for n in (1, 3)]
+        with atomic_path(folder / f"{which}.onnx") as t, torch.no_grad():
+            torch.onnx.export(
+                tower,
+                (x[:2],),
+                str(t),
+                input_names=["x"],
+                output_names=["features"],
+                dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+                opset_version=opset,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        run = onnxruntime.InferenceSession(str(folder / f"{which}.onnx"), providers=["CPUExecutionProvider"])
+        away[which] = float(
+            max(np.abs(run.run(None, {"x": x[:n].numpy()})[0] - w).max() for n, w in zip((1, 3), want))
+        )
+        if away[which] > 1e-4:
+            raise UserError(
+                f"the exported {which} tower is {away[which]:.1e} away from torch, more than 1e-4"
+            )
+    with atomic_path(folder / "preprocess.json") as t:
+        t.write_text(
+            json.dumps(
+                dict(
+                    model=encoder.model,
+                    image_size=list(encoder.image_size),
+                    resize="bicubic",
+                    scale=1 / 255,
+                    mean=list(CLIP_MEAN),
+                    std=list(CLIP_STD),
+                    context_length=encoder.context_length,
+                    tokenizer="CLIP's byte pairs, padded with zeros",
+                ),
+                indent=1,
+            ),
+            encoding="utf8",
+        )
     return away

@@ -14,88 +14,97 @@ from .pmm import check_targets
 
 # %% ../nbs/60_losses.ipynb #d10bf11f
 def logits(
-    query, # `[A, D]` features; scaled to unit rows here
-    keys, # `[B, D]` features; scaled to unit rows here
-    tau:float, # temperature, above 0
-): # `[A, B]` cosines / tau in float32 or finer, whatever the autocast
+    query,  # `[A, D]` features; scaled to unit rows here
+    keys,  # `[B, D]` features; scaled to unit rows here
+    tau: float,  # temperature, above 0
+):  # `[A, B]` cosines / tau in float32 or finer, whatever the autocast
     "Cosines over a temperature (paper: the similarity of every HCM term)."
-    if not tau > 0: raise ValueError(f"tau must be above 0, got {tau}")
+    if not tau > 0:
+        raise ValueError(f"tau must be above 0, got {tau}")
     dtype = torch.promote_types(torch.promote_types(query.dtype, keys.dtype), torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         return unit(query.to(dtype)) @ unit(keys.to(dtype)).T / tau
 
 # %% ../nbs/60_losses.ipynb #e89fdfcc
 def pcm_term(
-    query, # `[B, D]` features of one modality
-    protos, # `[K, D]` prototypes of either modality; no gradient reaches them
-    labels, # `[B]` int tensor, the row's cluster in `protos`; -1 = outlier
-    tau:float=.02, # temperature tau_p, above 0
-): # scalar; exactly 0, with a graph, without labelled rows or without prototypes
+    query,  # `[B, D]` features of one modality
+    protos,  # `[K, D]` prototypes of either modality; no gradient reaches them
+    labels,  # `[B]` int tensor, the row's cluster in `protos`; -1 = outlier
+    tau: float = 0.02,  # temperature tau_p, above 0
+):  # scalar; exactly 0, with a graph, without labelled rows or without prototypes
     "-log softmax(q.P^T / tau) at the row's own prototype, the mean over labelled rows (paper: PCM)."
     scores = logits(query, protos.detach(), tau)
     check_targets(labels, len(protos), len(query))
-    if len(protos) == 0: return scores.sum()
+    if len(protos) == 0:
+        return scores.sum()
     total = F.cross_entropy(scores, labels.long(), ignore_index=-1, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
 
 # %% ../nbs/60_losses.ipynb #b45b05bc
 def match_matrix(
-    image_row, # `[B]` int tensor, a(j): the image row of each pair
-    labels=None, # `[B]` int tensor, the image's cluster, -1 = outlier; needed by "pseudo"
-    kind:str="pairs", # "pairs": the same image; "pseudo": or the same cluster
-): # `[B, B]` bool, symmetric, true on the diagonal
+    image_row,  # `[B]` int tensor, a(j): the image row of each pair
+    labels=None,  # `[B]` int tensor, the image's cluster, -1 = outlier; needed by "pseudo"
+    kind: str = "pairs",  # "pairs": the same image; "pseudo": or the same cluster
+):  # `[B, B]` bool, symmetric, true on the diagonal
     "Which image row matches which caption row; an outlier matches only its own image (paper: ICPM's labels; outlier rule ours)."
-    if kind not in ("pairs", "pseudo"): raise ValueError(f"kind must be pairs or pseudo, got {kind!r}")
+    if kind not in ("pairs", "pseudo"):
+        raise ValueError(f"kind must be pairs or pseudo, got {kind!r}")
     match = image_row[:, None] == image_row
-    if kind == "pairs": return match
-    if labels is None or labels.shape != image_row.shape: raise ValueError(f"pseudo needs a label for each of {len(image_row)} rows")
+    if kind == "pairs":
+        return match
+    if labels is None or labels.shape != image_row.shape:
+        raise ValueError(f"pseudo needs a label for each of {len(image_row)} rows")
     return match | ((labels[:, None] == labels) & (labels >= 0))
 
 # %% ../nbs/60_losses.ipynb #066762c3
 def projection_matching(
-    scores, # `[A, B]` logits; each row is one query
-    match, # `[A, B]` bool or 0/1, true where row and column belong together; at least one a row
-    kl:str="reverse", # "reverse": KL(p||q), seeks a mode; "forward": KL(q||p), covers all of them
-): # scalar, the mean over the rows
+    scores,  # `[A, B]` logits; each row is one query
+    match,  # `[A, B]` bool or 0/1, true where row and column belong together; at least one a row
+    kl: str = "reverse",  # "reverse": KL(p||q), seeks a mode; "forward": KL(q||p), covers all of them
+):  # scalar, the mean over the rows
     "KL divergence between softmax(scores) and the normalised matches, one direction (paper: ICPM; CMPM, IRRA's SDM)."
-    if kl not in ("reverse", "forward"): raise ValueError(f"kl must be reverse or forward, got {kl!r}")
-    if match.shape != scores.shape: raise ValueError(f"match must be {tuple(scores.shape)}, got {tuple(match.shape)}")
+    if kl not in ("reverse", "forward"):
+        raise ValueError(f"kl must be reverse or forward, got {kl!r}")
+    if match.shape != scores.shape:
+        raise ValueError(f"match must be {tuple(scores.shape)}, got {tuple(match.shape)}")
     q, log_p = match.to(scores.dtype), F.log_softmax(scores, dim=1)
     q = q / q.sum(1, keepdim=True)
-    if kl == "reverse": return (log_p.exp() * (log_p - (q + 1e-8).log())).sum(1).mean()
+    if kl == "reverse":
+        return (log_p.exp() * (log_p - (q + 1e-8).log())).sum(1).mean()
     return (torch.xlogy(q, q) - q * log_p).sum(1).mean()
 
 # %% ../nbs/60_losses.ipynb #aba94dc8
 def icpm(
-    img, # `[B, D]` image features, row r belongs to pair r
-    txt, # `[B, D]` caption features
-    match, # `[B, B]` from `match_matrix`
-    tau:float=.02, # temperature tau_i, above 0
-    kl:str="reverse", # "reverse" or "forward"
-): # scalar, L_i2t + L_t2i
+    img,  # `[B, D]` image features, row r belongs to pair r
+    txt,  # `[B, D]` caption features
+    match,  # `[B, B]` from `match_matrix`
+    tau: float = 0.02,  # temperature tau_i, above 0
+    kl: str = "reverse",  # "reverse" or "forward"
+):  # scalar, L_i2t + L_t2i
     "Instance-level cross-modal projection matching, both directions summed (paper: ICPM; IRRA's SDM)."
     scores = logits(img, txt, tau)
     return projection_matching(scores, match, kl) + projection_matching(scores.T, match.T, kl)
 
 # %% ../nbs/60_losses.ipynb #54092b85
 def itc(
-    img, # `[B, D]` image features, row r belongs to pair r
-    txt, # `[B, D]` caption features
-    match=None, # `[B, B]` bool from `match_matrix`: matches other than the own pair are left out; None: they count as wrong (plain InfoNCE)
-    tau:float=.02, # temperature, above 0
-): # scalar, the mean of both directions
+    img,  # `[B, D]` image features, row r belongs to pair r
+    txt,  # `[B, D]` caption features
+    match=None,  # `[B, B]` bool from `match_matrix`: matches other than the own pair are left out; None: they count as wrong (plain InfoNCE)
+    tau: float = 0.02,  # temperature, above 0
+):  # scalar, the mean of both directions
     "InfoNCE on the pairs, the mean of both directions (CLIP; InfoNCE; the left-out repeats are ours)."
     scores, own = logits(img, txt, tau), torch.arange(len(img), device=img.device)
-    if match is not None: scores = scores.masked_fill(match & (own[:, None] != own), -torch.inf)
+    if match is not None:
+        scores = scores.masked_fill(match & (own[:, None] != own), -torch.inf)
     return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
 # %% ../nbs/60_losses.ipynb #ebde4c4e
 def chm(
-    img, # `[B, D]` image features, row r belongs to pair r
-    txt, # `[B, D]` caption features
-    match, # `[B, B]` bool from `match_matrix`; matches are never the mistake
-    margin:float=.3, # cosine by which the own pair must lead, 0..2
-): # scalar, the mean of both directions; a row without non-match pays nothing
+    img,  # `[B, D]` image features, row r belongs to pair r
+    txt,  # `[B, D]` caption features
+    match,  # `[B, B]` bool from `match_matrix`; matches are never the mistake
+    margin: float = 0.3,  # cosine by which the own pair must lead, 0..2
+):  # scalar, the mean of both directions; a row without non-match pays nothing
     "Hinge on the hardest non-match against the own pair, the mean of both directions (ICPG: CHM)."
     sim = logits(img, txt, 1)
     own, wrong = sim.diagonal(), sim.masked_fill(match.bool(), -torch.inf)

@@ -18,88 +18,113 @@ from .cluster.dots import pair_dots
 @dataclass(frozen=True)
 class OPLMConfig:
     "Settings of outlier pseudo label mining (CPCL's OPLM; the rule is ours)."
-    stages:Literal["none", "one-stage", "two-stage"] = "two-stage" # two-stage: captions see the labels mined for images
-    min_sim:float|None = None # cosine below which a candidate is too far to lend its label, -1 to 1; None takes any
-    support:int = 1 # candidates of one label that an outlier must meet before it takes that label
+
+    stages: Literal["none", "one-stage", "two-stage"] = (
+        "two-stage"  # two-stage: captions see the labels mined for images
+    )
+    min_sim: float | None = (
+        None  # cosine below which a candidate is too far to lend its label, -1 to 1; None takes any
+    )
+    support: int = 1  # candidates of one label that an outlier must meet before it takes that label
+
     def __post_init__(self):
         if self.stages not in ("none", "one-stage", "two-stage"):
             raise UserError(f'stages must be "none", "one-stage" or "two-stage", got {self.stages!r}')
         if self.min_sim is not None and not -1 <= self.min_sim <= 1:
             raise UserError(f"min_sim is a cosine and must lie in -1..1, or be None, got {self.min_sim!r}")
-        if self.support < 1: raise UserError(f"support counts candidates and must be 1 or more, got {self.support!r}")
+        if self.support < 1:
+            raise UserError(f"support counts candidates and must be 1 or more, got {self.support!r}")
 
 # %% ../nbs/40_oplm.ipynb #90ba3588
 def _meetings(rows, groups, cand_rows, cand_groups):
     "Yield (row, candidate) pairs that share a group, about four million at a time; all pairs of one row in the same batch."
-    order = np.lexsort((cand_rows, cand_groups)); cand_rows, cand_groups = cand_rows[order], cand_groups[order]
-    order = np.argsort(rows, kind="stable"); rows, groups = rows[order], groups[order]
-    first = np.searchsorted(cand_groups, groups); count = np.searchsorted(cand_groups, groups, "right") - first
-    ends = np.flatnonzero(np.r_[np.diff(rows) != 0, np.ones(min(1, len(rows)), bool)]) + 1 # after the last membership of each row
+    order = np.lexsort((cand_rows, cand_groups))
+    cand_rows, cand_groups = cand_rows[order], cand_groups[order]
+    order = np.argsort(rows, kind="stable")
+    rows, groups = rows[order], groups[order]
+    first = np.searchsorted(cand_groups, groups)
+    count = np.searchsorted(cand_groups, groups, "right") - first
+    ends = (
+        np.flatnonzero(np.r_[np.diff(rows) != 0, np.ones(min(1, len(rows)), bool)]) + 1
+    )  # after the last membership of each row
     batch = np.cumsum(count)[ends - 1] // 2**22
     start = 0
     for stop in progress(ends[np.r_[np.diff(batch) != 0, np.ones(min(1, len(ends)), bool)]], "mining"):
         c = count[start:stop]
-        inside = np.arange(c.sum()) - np.repeat(np.cumsum(c) - c, c) # 0, 1, .. within each membership
+        inside = np.arange(c.sum()) - np.repeat(np.cumsum(c) - c, c)  # 0, 1, .. within each membership
         yield np.repeat(rows[start:stop], c), cand_rows[np.repeat(first[start:stop], c) + inside]
         start = stop
 
 # %% ../nbs/40_oplm.ipynb #f3d90153
 def _supported(row, label, cand, support):
     "bool `[n]`: does the row meet so many different candidates of this label?"
-    met = np.unique(np.stack([row, label, cand]), axis=1)[:2] # a candidate met twice is one
-    pairs, votes = np.unique(met, axis=1, return_counts=True); width = label.max(initial=0) + 1
+    met = np.unique(np.stack([row, label, cand]), axis=1)[:2]  # a candidate met twice is one
+    pairs, votes = np.unique(met, axis=1, return_counts=True)
+    width = label.max(initial=0) + 1
     enough = pairs[:, votes >= support]
     return np.isin(row * width + label, enough[0] * width + enough[1])
+
 
 def _adopt(x, labels, rows, groups, cand_rows, cand_groups, min_sim, support=1):
     "New labels: each outlier in `rows` takes the label of the most similar candidate it shares a group with."
     mined = labels.copy()
     for row, cand in _meetings(rows, groups, cand_rows, cand_groups):
         sim = pair_dots(x, row, cand).astype(np.float32)
-        if min_sim is not None: row, cand, sim = (a[sim >= min_sim] for a in (row, cand, sim))
-        if support > 1: row, cand, sim = (a[_supported(row, labels[cand], cand, support)] for a in (row, cand, sim))
-        order = np.lexsort((cand, -sim, row)); row, cand = row[order], cand[order]
-        best = np.r_[True, row[1:] != row[:-1]][:len(row)]
+        if min_sim is not None:
+            row, cand, sim = (a[sim >= min_sim] for a in (row, cand, sim))
+        if support > 1:
+            row, cand, sim = (a[_supported(row, labels[cand], cand, support)] for a in (row, cand, sim))
+        order = np.lexsort((cand, -sim, row))
+        row, cand = row[order], cand[order]
+        best = np.r_[True, row[1:] != row[:-1]][: len(row)]
         mined[row[best]] = labels[cand[best]]
     return mined
 
 # %% ../nbs/40_oplm.ipynb #0c791503
 def _check(img, txt, image_of, labels_img, labels_txt):
     image_of = np.asarray(image_of)
-    if img is not None: check_features(img, "img")
-    if txt is not None: check_features(txt, "txt")
+    if img is not None:
+        check_features(img, "img")
+    if txt is not None:
+        check_features(txt, "txt")
     check_labels(labels_img, None if img is None else len(img), "labels_img")
     check_labels(labels_txt, len(image_of) if txt is None else len(txt), "labels_txt")
-    if len(image_of) != len(labels_txt): raise ValueError(f"image_of must have {len(labels_txt)} rows, one a caption, got {len(image_of)}")
+    if len(image_of) != len(labels_txt):
+        raise ValueError(f"image_of must have {len(labels_txt)} rows, one a caption, got {len(image_of)}")
     if len(image_of) and not 0 <= image_of.min() <= image_of.max() < len(labels_img):
-        raise ValueError(f"image_of must name image rows 0..{len(labels_img) - 1}, got {image_of.min()} to {image_of.max()}")
+        raise ValueError(
+            f"image_of must name image rows 0..{len(labels_img) - 1}, got {image_of.min()} to {image_of.max()}"
+        )
     return image_of, np.asarray(labels_img), np.asarray(labels_txt)
 
 # %% ../nbs/40_oplm.ipynb #894baac4
 def mine_images(
-    img:np.ndarray, # float32 `[N, D]` unit rows
-    image_of:np.ndarray, # int64 `[M]`, a(j): the image row of caption j
-    labels_img:np.ndarray, # int64 `[N]`, -1 outlier
-    labels_txt:np.ndarray, # int64 `[M]`, -1 outlier
-    min_sim:float=None, # cosine below which a candidate is rejected
-    support:int=1, # candidates of one label that an outlier must meet
-) -> np.ndarray: # int64 `[N]`: some outliers have a label now, all else is as before
+    img: np.ndarray,  # float32 `[N, D]` unit rows
+    image_of: np.ndarray,  # int64 `[M]`, a(j): the image row of caption j
+    labels_img: np.ndarray,  # int64 `[N]`, -1 outlier
+    labels_txt: np.ndarray,  # int64 `[M]`, -1 outlier
+    min_sim: float = None,  # cosine below which a candidate is rejected
+    support: int = 1,  # candidates of one label that an outlier must meet
+) -> np.ndarray:  # int64 `[N]`: some outliers have a label now, all else is as before
     "Label outlier images through captions that share a text cluster (CPCL's OPLM; the rule is ours)."
     image_of, labels_img, labels_txt = _check(img, None, image_of, labels_img, labels_txt)
     said = labels_txt >= 0
-    rows, groups = image_of[said], labels_txt[said] # each labelled caption puts its image in its text cluster
+    rows, groups = (
+        image_of[said],
+        labels_txt[said],
+    )  # each labelled caption puts its image in its text cluster
     out = labels_img[rows] < 0
     return _adopt(img, labels_img, rows[out], groups[out], rows[~out], groups[~out], min_sim, support)
 
 # %% ../nbs/40_oplm.ipynb #ff6f485c
 def mine_captions(
-    txt:np.ndarray, # float32 `[M, D]` unit rows
-    image_of:np.ndarray, # int64 `[M]`, a(j): the image row of caption j
-    labels_img:np.ndarray, # int64 `[N]`, -1 outlier; already mined in the two-stage form
-    labels_txt:np.ndarray, # int64 `[M]`, -1 outlier
-    min_sim:float=None, # cosine below which a candidate is rejected
-    support:int=1, # candidates of one label that an outlier must meet
-) -> np.ndarray: # int64 `[M]`: some outliers have a label now, all else is as before
+    txt: np.ndarray,  # float32 `[M, D]` unit rows
+    image_of: np.ndarray,  # int64 `[M]`, a(j): the image row of caption j
+    labels_img: np.ndarray,  # int64 `[N]`, -1 outlier; already mined in the two-stage form
+    labels_txt: np.ndarray,  # int64 `[M]`, -1 outlier
+    min_sim: float = None,  # cosine below which a candidate is rejected
+    support: int = 1,  # candidates of one label that an outlier must meet
+) -> np.ndarray:  # int64 `[M]`: some outliers have a label now, all else is as before
     "Label outlier captions through images that share an image label (CPCL's OPLM; the rule is ours)."
     image_of, labels_img, labels_txt = _check(None, txt, image_of, labels_img, labels_txt)
     rows, groups = np.arange(len(image_of)), labels_img[image_of]
@@ -108,16 +133,17 @@ def mine_captions(
 
 # %% ../nbs/40_oplm.ipynb #b4b244c7
 def mine(
-    img:np.ndarray, # float32 `[N, D]` unit rows
-    txt:np.ndarray, # float32 `[M, D]` unit rows
-    image_of:np.ndarray, # int64 `[M]`, a(j): the image row of caption j
-    labels_img:np.ndarray, # int64 `[N]` from clustering, -1 outlier
-    labels_txt:np.ndarray, # int64 `[M]` from clustering, -1 outlier
-    cfg:OPLMConfig=OPLMConfig(), # stages, min_sim, support
-) -> tuple[np.ndarray, np.ndarray]: # (labels_img, labels_txt), new arrays; what was >= 0 is as it was
+    img: np.ndarray,  # float32 `[N, D]` unit rows
+    txt: np.ndarray,  # float32 `[M, D]` unit rows
+    image_of: np.ndarray,  # int64 `[M]`, a(j): the image row of caption j
+    labels_img: np.ndarray,  # int64 `[N]` from clustering, -1 outlier
+    labels_txt: np.ndarray,  # int64 `[M]` from clustering, -1 outlier
+    cfg: OPLMConfig = OPLMConfig(),  # stages, min_sim, support
+) -> tuple[np.ndarray, np.ndarray]:  # (labels_img, labels_txt), new arrays; what was >= 0 is as it was
     "Outlier pseudo label mining: image outliers through captions, caption outliers through images (CPCL's OPLM)."
     _check(img, txt, image_of, labels_img, labels_txt)
-    if cfg.stages == "none": return np.array(labels_img), np.array(labels_txt)
+    if cfg.stages == "none":
+        return np.array(labels_img), np.array(labels_txt)
     images = mine_images(img, image_of, labels_img, labels_txt, cfg.min_sim, cfg.support)
     seen = images if cfg.stages == "two-stage" else labels_img
     return images, mine_captions(txt, image_of, seen, labels_txt, cfg.min_sim, cfg.support)

@@ -12,24 +12,25 @@ from .core import UserError, at_least_float32, check_features, check_labels, uni
 
 # %% ../nbs/50_pmm.ipynb #2b704c33
 def check_targets(
-    labels, # to be checked: `[n]` integer tensor, -1 = no prototype, else 0..k-1
-    k:int, # how many prototypes there are
-    n:int, # rows expected
-    name:str="labels", # how the message calls it
+    labels,  # to be checked: `[n]` integer tensor, -1 = no prototype, else 0..k-1
+    k: int,  # how many prototypes there are
+    n: int,  # rows expected
+    name: str = "labels",  # how the message calls it
 ):
     "Refuse labels that do not name one of `k` prototypes or none, raises ValueError; values are seen on the CPU only (ours)."
     if labels.ndim != 1 or len(labels) != n or labels.is_floating_point():
         raise ValueError(f"{name} must be {n} integers, got {labels.dtype} of shape {tuple(labels.shape)}")
     if n and labels.device.type == "cpu":
         low, high = int(labels.min()), int(labels.max())
-        if low < -1 or high >= k: raise ValueError(f"{name} must lie in -1..{k-1} for {k} prototypes, got {low}..{high}")
+        if low < -1 or high >= k:
+            raise ValueError(f"{name} must lie in -1..{k - 1} for {k} prototypes, got {low}..{high}")
 
 # %% ../nbs/50_pmm.ipynb #32839cf5
 def label_sums(
-    feats, # `[n, D]` tensor of features; each row is scaled to length one first
-    labels, # `[n]` integer tensor, -1 = outlier, else 0..k-1
-    k:int, # number of prototypes
-): # (sums `[k, D]`, counts `[k]`), float32 or finer
+    feats,  # `[n, D]` tensor of features; each row is scaled to length one first
+    labels,  # `[n]` integer tensor, -1 = outlier, else 0..k-1
+    k: int,  # number of prototypes
+):  # (sums `[k, D]`, counts `[k]`), float32 or finer
     "Sum of the unit rows of each label and their number, outliers left out: what processes can add up (ours)."
     check_targets(labels, k, len(feats))
     feats = unit(at_least_float32(feats))
@@ -40,9 +41,9 @@ def label_sums(
 
 # %% ../nbs/50_pmm.ipynb #9f796acf
 def prototypes(
-    feats, # `[N, D]` unit rows, in row order; tensor or array
-    labels, # `[N]` int, -1 = outlier, else 0..K-1 without gaps; mined rows have their mined label
-): # `[K, D]` tensor of unit rows; K = 0 gives `[0, D]`
+    feats,  # `[N, D]` unit rows, in row order; tensor or array
+    labels,  # `[N]` int, -1 = outlier, else 0..K-1 without gaps; mined rows have their mined label
+):  # `[K, D]` tensor of unit rows; K = 0 gives `[0, D]`
     "The normalised mean of the unit features of each label (paper: PMM, initialised from the clusters)."
     feats = check_features(torch.as_tensor(feats))
     labels = torch.as_tensor(labels, device=feats.device)
@@ -53,37 +54,45 @@ def prototypes(
 # %% ../nbs/50_pmm.ipynb #ce2b721d
 class PrototypeMemory(torch.nn.Module):
     "One modality's prototypes and their momentum refresh (paper: PMM; the batch-mean rule is ours)."
-    def __init__(self,
-        protos, # `[K, D]` tensor of unit rows, kept in float32 or finer as the buffer `protos`
-        mu:float=.1, # share of the old prototype that a refresh keeps, 0..1
-        refresh:bool=True, # False: the prototypes stay as built (the paper's ablation)
+
+    def __init__(
+        self,
+        protos,  # `[K, D]` tensor of unit rows, kept in float32 or finer as the buffer `protos`
+        mu: float = 0.1,  # share of the old prototype that a refresh keeps, 0..1
+        refresh: bool = True,  # False: the prototypes stay as built (the paper's ablation)
     ):
         super().__init__()
-        if protos.ndim != 2: raise ValueError(f"protos must be [K, D], got shape {tuple(protos.shape)}")
-        if not 0 <= mu <= 1: raise UserError(f"mu must lie in 0..1, got {mu}")
+        if protos.ndim != 2:
+            raise ValueError(f"protos must be [K, D], got shape {tuple(protos.shape)}")
+        if not 0 <= mu <= 1:
+            raise UserError(f"mu must lie in 0..1, got {mu}")
         self.mu, self.refresh = float(mu), bool(refresh)
         self.register_buffer("protos", at_least_float32(protos.detach()).clone())
 
     @classmethod
-    def build(cls,
-        feats, # `[N, D]` unit rows, in row order; tensor or array
-        labels, # `[N]` int, -1 = outlier, else 0..K-1 without gaps
-        mu:float=.1, # share of the old prototype that a refresh keeps, 0..1
-        refresh:bool=True, # False: the prototypes stay as built
-    ): # the memory of an epoch
+    def build(
+        cls,
+        feats,  # `[N, D]` unit rows, in row order; tensor or array
+        labels,  # `[N]` int, -1 = outlier, else 0..K-1 without gaps
+        mu: float = 0.1,  # share of the old prototype that a refresh keeps, 0..1
+        refresh: bool = True,  # False: the prototypes stay as built
+    ):  # the memory of an epoch
         "A memory whose prototypes are the normalised means of the clusters (paper: PMM)."
         return cls(prototypes(feats, labels), mu, refresh)
 
     @torch.no_grad()
-    def update(self,
-        feats, # `[B, D]` features of this step's forward, own modality; detached and scaled here
-        labels, # `[B]` int tensor, -1 = outlier; duplicates count twice
-        reduce=None, # adds the tuple (sums, counts) up over processes, e.g. `accelerator.reduce`; None for one process
+    def update(
+        self,
+        feats,  # `[B, D]` features of this step's forward, own modality; detached and scaled here
+        labels,  # `[B]` int tensor, -1 = outlier; duplicates count twice
+        reduce=None,  # adds the tuple (sums, counts) up over processes, e.g. `accelerator.reduce`; None for one process
     ):
         "Move the prototypes of the labels present towards the batch's mean, P <- unit(mu P + (1-mu) f) (ours, after Cluster Contrast)."
-        if not self.refresh or not len(self.protos): return
+        if not self.refresh or not len(self.protos):
+            return
         sums, counts = label_sums(feats, labels, len(self.protos))
-        if reduce is not None: sums, counts = reduce((sums, counts))
+        if reduce is not None:
+            sums, counts = reduce((sums, counts))
         mean, present = sums / counts.clamp(min=1)[:, None], counts[:, None] > 0
         new = unit(self.mu * self.protos + (1 - self.mu) * mean)
         self.protos = torch.where(present, new, self.protos).to(self.protos.dtype)

@@ -18,97 +18,147 @@ import seaborn as sns
 from .core import atomic_path, check_features, check_labels
 
 # %% ../nbs/02_viz.ipynb #096205f8
-COLOURS = dict(img="#0173b2", txt="#de8f05", right="#029e73", wrong="#d62728", rescued="#8b3fbf", outlier="#949494") # what each colour says
+COLOURS = dict(
+    img="#0173b2", txt="#de8f05", right="#029e73", wrong="#d62728", rescued="#8b3fbf", outlier="#949494"
+)  # what each colour says
+
 
 def palette(
-    n:int, # how many colours
-) -> list: # RGB triples
+    n: int,  # how many colours
+) -> list:  # RGB triples
     "Colours for n things: seaborn's colour-blind palette without its grey up to nine, evenly spaced hues beyond (ours)."
     safe = sns.color_palette("colorblind")
     return [*safe[:7], *safe[8:]][:n] if n <= 9 else list(sns.color_palette("husl", n))
 
 # %% ../nbs/02_viz.ipynb #ad0502c3
-def _grid(rows, cols, height, words, axes=None, gap=.48):
+def _grid(rows, cols, height, words, axes=None, gap=0.48):
     "Axes `[rows, 1 + cols]`: a column `words` inches wide for text, then images `height` inches high, `gap` between rows."
     if axes is None:
-        size = (words + .5*height*cols, height*rows)
-        _, axes = plt.subplots(rows, 1 + cols, figsize=size, squeeze=False, width_ratios=[words] + [.5*height]*cols)
-        axes[0, 0].figure.subplots_adjust(left=.01, right=.99, top=1 - .2/size[1], bottom=.05/size[1], wspace=.08, hspace=gap/height)
+        size = (words + 0.5 * height * cols, height * rows)
+        _, axes = plt.subplots(
+            rows, 1 + cols, figsize=size, squeeze=False, width_ratios=[words] + [0.5 * height] * cols
+        )
+        axes[0, 0].figure.subplots_adjust(
+            left=0.01,
+            right=0.99,
+            top=1 - 0.2 / size[1],
+            bottom=0.05 / size[1],
+            wspace=0.08,
+            hspace=gap / height,
+        )
     axes = np.atleast_2d(axes)
-    if axes.shape != (rows, 1 + cols): raise ValueError(f"axes must be [{rows}, {1 + cols}], got {axes.shape}")
-    for ax in axes.flat: ax.set_axis_off()
+    if axes.shape != (rows, 1 + cols):
+        raise ValueError(f"axes must be [{rows}, {1 + cols}], got {axes.shape}")
+    for ax in axes.flat:
+        ax.set_axis_off()
     return axes
+
 
 def _write(ax, text, width, max_lines):
     "Wrapped text in the middle of an empty axes."
     text = "\n".join(textwrap.wrap(text, width, max_lines=max_lines, placeholder=" …"))
-    ax.text(0, .5, text, transform=ax.transAxes, va="center", fontsize=9, parse_math=False)
+    ax.text(0, 0.5, text, transform=ax.transAxes, va="center", fontsize=9, parse_math=False)
+
 
 def _frame(ax, image, colour, title="", below="", dashed=False):
     "An image in a coloured frame, a few words above and below."
-    ax.set_axis_on(); ax.imshow(np.asarray(image)); ax.set_xticks([]); ax.set_yticks([])
-    for side in ax.spines.values(): side.set(visible=True, color=colour, linewidth=3, capstyle="butt", linestyle=(0, (2, .7)) if dashed else "-")
+    ax.set_axis_on()
+    ax.imshow(np.asarray(image))
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for side in ax.spines.values():
+        side.set(
+            visible=True,
+            color=colour,
+            linewidth=3,
+            capstyle="butt",
+            linestyle=(0, (2, 0.7)) if dashed else "-",
+        )
     ax.set_title(title, fontsize=9, color=colour, pad=3, parse_math=False)
     ax.set_xlabel(below, fontsize=8, labelpad=3, parse_math=False)
 
 # %% ../nbs/02_viz.ipynb #990fd2d3
 def ranked_lists(
-    queries:list[str], # Q captions
-    images:list, # Q lists of PIL images or arrays `[H, W, 3]`, best first; lists may differ in length
-    right:list=None, # Q lists of bool, one per image; None where nobody knows
-    scores:list=None, # Q lists of similarities to print below; None prints none
-    height:float=1.7, # of a row, inches
-    axes=None, # `[Q, 1 + longest list]` to draw on; None makes a figure
-) -> np.ndarray: # the axes `[Q, 1 + longest list]`
+    queries: list[str],  # Q captions
+    images: list,  # Q lists of PIL images or arrays `[H, W, 3]`, best first; lists may differ in length
+    right: list = None,  # Q lists of bool, one per image; None where nobody knows
+    scores: list = None,  # Q lists of similarities to print below; None prints none
+    height: float = 1.7,  # of a row, inches
+    axes=None,  # `[Q, 1 + longest list]` to draw on; None makes a figure
+) -> np.ndarray:  # the axes `[Q, 1 + longest list]`
     "The best images of each query, right ones framed green with a tick, wrong ones dashed red with a cross (as in paper section 4)."
-    if not queries: raise ValueError("ranked_lists needs at least one query, got none")
+    if not queries:
+        raise ValueError("ranked_lists needs at least one query, got none")
     for name, x in dict(images=images, right=right, scores=scores).items():
         if x is not None and list(map(len, x)) != list(map(len, images)) or len(images) != len(queries):
-            raise ValueError(f"{name} must hold {len(queries)} lists as long as those of images, got {list(map(len, x))}")
+            raise ValueError(
+                f"{name} must hold {len(queries)} lists as long as those of images, got {list(map(len, x))}"
+            )
     axes = _grid(len(queries), max(map(len, images)), height, 2.4, axes)
     for q, row in enumerate(axes):
-        _write(row[0], queries[q], 30, max(1, int(5.6*height)))
+        _write(row[0], queries[q], 30, max(1, int(5.6 * height)))
         for k, (image, ok) in enumerate(zip(images[q], right[q] if right else [None] * len(images[q]))):
-            _frame(row[k + 1], image, COLOURS["outlier" if right is None else "right" if ok else "wrong"], str(k + 1) if right is None else f"{k + 1} {'✓' if ok else '✗'}",
-                   "" if scores is None else f"{scores[q][k]:.2f}", dashed=right is not None and not ok)
+            _frame(
+                row[k + 1],
+                image,
+                COLOURS["outlier" if right is None else "right" if ok else "wrong"],
+                str(k + 1) if right is None else f"{k + 1} {'✓' if ok else '✗'}",
+                "" if scores is None else f"{scores[q][k]:.2f}",
+                dashed=right is not None and not ok,
+            )
     return axes
 
 # %% ../nbs/02_viz.ipynb #4591e2f9
 def pick_clusters(
-    labels:np.ndarray, # int64 `[N]`, -1 = outlier, else 0..K-1
-    rescued:np.ndarray=None, # bool `[N]`, rows that OPLM gave their label; None: nothing known
-    n_clusters:int=6, # how many clusters at most
-    n_images:int=8, # how many rows of each at most
-) -> list[tuple[int, int, np.ndarray]]: # (label, its size, rows to show: clean first, then rescued); outliers, -1, last
+    labels: np.ndarray,  # int64 `[N]`, -1 = outlier, else 0..K-1
+    rescued: np.ndarray = None,  # bool `[N]`, rows that OPLM gave their label; None: nothing known
+    n_clusters: int = 6,  # how many clusters at most
+    n_images: int = 8,  # how many rows of each at most
+) -> list[
+    tuple[int, int, np.ndarray]
+]:  # (label, its size, rows to show: clean first, then rescued); outliers, -1, last
     "Choose what a montage shows: clusters with rescued rows first, then the largest (ours)."
-    labels = np.asarray(labels); k = check_labels(labels)
+    labels = np.asarray(labels)
+    k = check_labels(labels)
     rescued = np.zeros(len(labels), bool) if rescued is None else np.asarray(rescued, bool)
-    if rescued.shape != labels.shape: raise ValueError(f"rescued must have {len(labels)} rows, one per label, got shape {rescued.shape}")
-    size, has = np.bincount(labels[labels >= 0], minlength=k), np.bincount(labels[rescued & (labels >= 0)], minlength=k) > 0
+    if rescued.shape != labels.shape:
+        raise ValueError(f"rescued must have {len(labels)} rows, one per label, got shape {rescued.shape}")
+    size, has = (
+        np.bincount(labels[labels >= 0], minlength=k),
+        np.bincount(labels[rescued & (labels >= 0)], minlength=k) > 0,
+    )
     chosen = []
     for c in [*np.lexsort((-size, ~has))[:n_clusters], -1]:
         clean, new = np.flatnonzero((labels == c) & ~rescued), np.flatnonzero((labels == c) & rescued)
-        new = new[:max(n_images//2, n_images - len(clean))]
-        rows = np.concatenate([clean[:n_images - len(new)], new])
-        if len(rows): chosen.append((int(c), int((labels == c).sum()), rows))
+        new = new[: max(n_images // 2, n_images - len(clean))]
+        rows = np.concatenate([clean[: n_images - len(new)], new])
+        if len(rows):
+            chosen.append((int(c), int((labels == c).sum()), rows))
     return chosen
 
 # %% ../nbs/02_viz.ipynb #8cdf8653
 def cluster_montage(
-    images, # N PIL images or arrays, or anything that gives one for `images[row]`; only rows shown are asked for
-    labels:np.ndarray, # int64 `[N]`, -1 = outlier, else 0..K-1
-    rescued:np.ndarray=None, # bool `[N]`, rows that OPLM gave their label
-    n_clusters:int=6, # how many clusters at most
-    n_images:int=8, # how many images of each at most
-    height:float=1.3, # of a row, inches
-    axes=None, # `[rows shown, 1 + longest row]` to draw on; None makes a figure
-) -> np.ndarray: # the axes `[rows shown, 1 + longest row]`
+    images,  # N PIL images or arrays, or anything that gives one for `images[row]`; only rows shown are asked for
+    labels: np.ndarray,  # int64 `[N]`, -1 = outlier, else 0..K-1
+    rescued: np.ndarray = None,  # bool `[N]`, rows that OPLM gave their label
+    n_clusters: int = 6,  # how many clusters at most
+    n_images: int = 8,  # how many images of each at most
+    height: float = 1.3,  # of a row, inches
+    axes=None,  # `[rows shown, 1 + longest row]` to draw on; None makes a figure
+) -> np.ndarray:  # the axes `[rows shown, 1 + longest row]`
     "A row of images for each cluster, outliers in the last row, rows rescued by OPLM framed and marked (ours)."
     chosen = pick_clusters(labels, rescued, n_clusters, n_images)
-    if not chosen: raise ValueError("cluster_montage needs at least one row and one image a row, got none")
-    axes = _grid(len(chosen), max(len(rows) for *_, rows in chosen), height, 1., axes, gap=.24)
+    if not chosen:
+        raise ValueError("cluster_montage needs at least one row and one image a row, got none")
+    axes = _grid(len(chosen), max(len(rows) for *_, rows in chosen), height, 1.0, axes, gap=0.24)
     for r, (c, size, rows) in enumerate(chosen):
-        axes[r, 0].text(0, .5, f"{'outliers' if c < 0 else f'cluster {c}'}\n{size} row{'s'*(size != 1)}", va="center", fontsize=9)
+        axes[r, 0].text(
+            0,
+            0.5,
+            f"{'outliers' if c < 0 else f'cluster {c}'}\n{size} row{'s' * (size != 1)}",
+            va="center",
+            fontsize=9,
+        )
         for ax, row in zip(axes[r, 1:], rows):
             new = rescued is not None and rescued[row] and c >= 0
             colour = COLOURS["rescued" if new else "outlier" if c < 0 else "img"]
@@ -117,12 +167,14 @@ def cluster_montage(
 
 # %% ../nbs/02_viz.ipynb #65317322
 def _history(
-    history, # list of dicts, one an epoch, or a DataFrame of them
-) -> pd.DataFrame: # indexed by epoch, counted from 1
+    history,  # list of dicts, one an epoch, or a DataFrame of them
+) -> pd.DataFrame:  # indexed by epoch, counted from 1
     "A table of the epochs."
     table = pd.DataFrame(history)
-    if "epoch" not in table: raise ValueError(f"history must be dicts with an 'epoch', got {list(table.columns) or 'nothing'}")
+    if "epoch" not in table:
+        raise ValueError(f"history must be dicts with an 'epoch', got {list(table.columns) or 'nothing'}")
     return table.set_index(table["epoch"].astype(int) + 1)
+
 
 def _lines(ax, table, curves, title):
     "Draw each existing column of `curves`: column -> (label, format keywords)."
@@ -130,168 +182,265 @@ def _lines(ax, table, curves, title):
     for c in drawn:
         label, style = curves[c]
         values = pd.to_numeric(table[c]).dropna()
-        ax.plot(values.index, values, label=label, **{"marker": "." if len(values) < 30 else "", "lw": 1.6, **style})
-    ax.set(title=title, xlabel="epoch"); ax.title.set_fontsize(10); ax.grid(alpha=.3); sns.despine(ax=ax)
+        ax.plot(
+            values.index,
+            values,
+            label=label,
+            **{"marker": "." if len(values) < 30 else "", "lw": 1.6, **style},
+        )
+    ax.set(title=title, xlabel="epoch")
+    ax.title.set_fontsize(10)
+    ax.grid(alpha=0.3)
+    sns.despine(ax=ax)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    if drawn: ax.legend(frameon=False, fontsize=8, handlelength=2.5, loc="upper center", bbox_to_anchor=(.5, -.22), ncol=2)
-    else: ax.text(.5, .5, "not recorded", transform=ax.transAxes, ha="center", color=COLOURS["outlier"])
+    if drawn:
+        ax.legend(
+            frameon=False,
+            fontsize=8,
+            handlelength=2.5,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.22),
+            ncol=2,
+        )
+    else:
+        ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", color=COLOURS["outlier"])
+
 
 def _panels(n, axes):
     "n axes side by side."
-    if axes is None: axes = plt.subplots(1, n, figsize=(3*n, 2.7), layout="constrained")[1]
-    if np.size(axes) != n: raise ValueError(f"need {n} axes, got {np.size(axes)}")
+    if axes is None:
+        axes = plt.subplots(1, n, figsize=(3 * n, 2.7), layout="constrained")[1]
+    if np.size(axes) != n:
+        raise ValueError(f"need {n} axes, got {np.size(axes)}")
     return np.ravel(axes)
 
 # %% ../nbs/02_viz.ipynb #1523a2e2
 def label_curves(
-    history, # list of dicts, one an epoch, or a DataFrame; missing keys are left out
-    axes=None, # three axes to draw on; None makes a figure
-) -> np.ndarray: # the three axes: clusters, outliers, agreement
+    history,  # list of dicts, one an epoch, or a DataFrame; missing keys are left out
+    axes=None,  # three axes to draw on; None makes a figure
+) -> np.ndarray:  # the three axes: clusters, outliers, agreement
     "Clusters, outliers before and after OPLM, and agreement with the true people, over the epochs (ours)."
     table, axes = _history(history), _panels(3, axes)
-    for c in [c for c in table if c.startswith("outliers_")]: table[c] = 100*pd.to_numeric(table[c])
+    for c in [c for c in table if c.startswith("outliers_")]:
+        table[c] = 100 * pd.to_numeric(table[c])
     img, txt = dict(color=COLOURS["img"]), dict(color=COLOURS["txt"])
-    old = dict(ls="--", alpha=.7)
+    old = dict(ls="--", alpha=0.7)
     _lines(axes[0], table, dict(clusters_img=("images", img), clusters_txt=("captions", txt)), "clusters")
-    _lines(axes[1], table, dict(outliers_img=("images, DBSCAN", img | old), outliers_img_mined=("images, after OPLM", img),
-           outliers_txt=("captions, DBSCAN", txt | old), outliers_txt_mined=("captions, after OPLM", txt)), "outliers, %")
-    _lines(axes[2], table, dict(ari_img=("ARI images", img), ami_img=("AMI images", img | old),
-           ari_txt=("ARI captions", txt), ami_txt=("AMI captions", txt | old)), "agreement with true people")
+    _lines(
+        axes[1],
+        table,
+        dict(
+            outliers_img=("images, DBSCAN", img | old),
+            outliers_img_mined=("images, after OPLM", img),
+            outliers_txt=("captions, DBSCAN", txt | old),
+            outliers_txt_mined=("captions, after OPLM", txt),
+        ),
+        "outliers, %",
+    )
+    _lines(
+        axes[2],
+        table,
+        dict(
+            ari_img=("ARI images", img),
+            ami_img=("AMI images", img | old),
+            ari_txt=("ARI captions", txt),
+            ami_txt=("AMI captions", txt | old),
+        ),
+        "agreement with true people",
+    )
     axes[1].set_ylim(bottom=0)
     return axes
 
 # %% ../nbs/02_viz.ipynb #499b134e
 def loss_curves(
-    history, # list of dicts, one an epoch, or a DataFrame; missing keys are left out
-    parts:list[str]=None, # columns drawn beside the loss; None: those that begin with icpm, pcm, itc or chm
-    axes=None, # three axes to draw on; None makes a figure
-) -> np.ndarray: # the three axes: loss, validation, learning rate
+    history,  # list of dicts, one an epoch, or a DataFrame; missing keys are left out
+    parts: list[
+        str
+    ] = None,  # columns drawn beside the loss; None: those that begin with icpm, pcm, itc or chm
+    axes=None,  # three axes to draw on; None makes a figure
+) -> np.ndarray:  # the three axes: loss, validation, learning rate
     "The loss and its parts, validation scores, and the learning rate over the epochs (ours)."
     table, axes = _history(history), _panels(3, axes)
-    if parts is None: parts = [c for c in table if str(c).lower().startswith(("icpm", "pcm", "itc", "chm"))]
+    if parts is None:
+        parts = [c for c in table if str(c).lower().startswith(("icpm", "pcm", "itc", "chm"))]
     curves = {p: (p, dict(color=c)) for p, c in zip(parts, palette(len(parts)))}
     _lines(axes[0], table, dict(loss=("loss", dict(color="k", lw=2.2))) | curves, "training loss")
-    _lines(axes[1], table, dict(val_R1=("Rank-1", dict(color=COLOURS["img"])), val_mAP=("mAP", dict(color=COLOURS["txt"]))), "validation, %")
+    _lines(
+        axes[1],
+        table,
+        dict(val_R1=("Rank-1", dict(color=COLOURS["img"])), val_mAP=("mAP", dict(color=COLOURS["txt"]))),
+        "validation, %",
+    )
     _lines(axes[2], table, dict(lr=("learning rate", dict(color="k"))), "learning rate")
     return axes
 
 # %% ../nbs/02_viz.ipynb #84cf80af
 def stage_seconds(
-    history, # list of dicts with `seconds`, a dict stage -> seconds, or a DataFrame
-    ax=None, # to draw on; None makes a figure
-): # the axes
+    history,  # list of dicts with `seconds`, a dict stage -> seconds, or a DataFrame
+    ax=None,  # to draw on; None makes a figure
+):  # the axes
     "Where the time of each epoch went, stacked by stage (ours)."
     table = _history(history)
-    if ax is None: _, ax = plt.subplots(figsize=(4.6, 2.6), layout="constrained")
-    if "seconds" not in table: ax.text(.5, .5, "not recorded", transform=ax.transAxes, ha="center", color=COLOURS["outlier"]); return ax
-    seconds = pd.DataFrame([s if isinstance(s, dict) else {} for s in table["seconds"]], index=table.index).fillna(0.)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4.6, 2.6), layout="constrained")
+    if "seconds" not in table:
+        ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", color=COLOURS["outlier"])
+        return ax
+    seconds = pd.DataFrame(
+        [s if isinstance(s, dict) else {} for s in table["seconds"]], index=table.index
+    ).fillna(0.0)
     base = np.zeros(len(seconds))
     for stage, colour in zip(seconds, palette(seconds.shape[1])):
-        ax.bar(seconds.index, seconds[stage], bottom=base, color=colour, label=stage, width=.8); base += seconds[stage].to_numpy()
-    ax.set(xlabel="epoch", ylabel="seconds"); ax.xaxis.get_major_locator().set_params(integer=True); sns.despine(ax=ax)
+        ax.bar(seconds.index, seconds[stage], bottom=base, color=colour, label=stage, width=0.8)
+        base += seconds[stage].to_numpy()
+    ax.set(xlabel="epoch", ylabel="seconds")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    sns.despine(ax=ax)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/02_viz.ipynb #52827011
 def tsne_points(
-    img:np.ndarray, # `[N, D]` unit rows
-    txt:np.ndarray, # `[M, D]` unit rows
-    protos_img:np.ndarray=None, # `[K_v, D]` unit rows, or None
-    protos_txt:np.ndarray=None, # `[K_t, D]` unit rows, or None
-    centre:bool=False, # subtract each modality's mean first
-    perplexity:float=30., # neighbours each point feels, made smaller for few points
-    seed:int=0, # same seed, same map
-) -> list[np.ndarray]: # four arrays `[n, 2]`: images, captions, image prototypes, caption prototypes
+    img: np.ndarray,  # `[N, D]` unit rows
+    txt: np.ndarray,  # `[M, D]` unit rows
+    protos_img: np.ndarray = None,  # `[K_v, D]` unit rows, or None
+    protos_txt: np.ndarray = None,  # `[K_t, D]` unit rows, or None
+    centre: bool = False,  # subtract each modality's mean first
+    perplexity: float = 30.0,  # neighbours each point feels, made smaller for few points
+    seed: int = 0,  # same seed, same map
+) -> list[np.ndarray]:  # four arrays `[n, 2]`: images, captions, image prototypes, caption prototypes
     "Plane positions of both modalities and their prototypes from one t-SNE (van der Maaten and Hinton 2008)."
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
+
     none = np.zeros((0, img.shape[1]), "float32")
-    parts = [check_features(none if x is None else np.asarray(x, "float32"), n) for x, n in
-             ((img, "img"), (txt, "txt"), (protos_img, "protos_img"), (protos_txt, "protos_txt"))]
-    if centre: parts = [x - parts[i % 2].mean(0) if len(x) else x for i, x in enumerate(parts)]
+    parts = [
+        check_features(none if x is None else np.asarray(x, "float32"), n)
+        for x, n in ((img, "img"), (txt, "txt"), (protos_img, "protos_img"), (protos_txt, "protos_txt"))
+    ]
+    if centre:
+        parts = [x - parts[i % 2].mean(0) if len(x) else x for i, x in enumerate(parts)]
     x = np.concatenate(parts)
-    if len(x) < 5: raise ValueError(f"t-SNE needs at least 5 rows, got {len(x)}")
-    with threadpool_limits(1 if len(x) < 2000 else None):       # on few points threads wait for each other more than they work
-        at = TSNE(perplexity=min(perplexity, (len(x) - 1)/3), init="pca", random_state=seed).fit_transform(x)
+    if len(x) < 5:
+        raise ValueError(f"t-SNE needs at least 5 rows, got {len(x)}")
+    with threadpool_limits(
+        1 if len(x) < 2000 else None
+    ):  # on few points threads wait for each other more than they work
+        at = TSNE(perplexity=min(perplexity, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(
+            x
+        )
     return np.split(at, np.cumsum([len(p) for p in parts])[:-1])
 
 # %% ../nbs/02_viz.ipynb #93f68955
 def tsne_map(
-    img:np.ndarray, # `[N, D]` unit rows
-    txt:np.ndarray, # `[M, D]` unit rows
-    img_labels:np.ndarray, # int64 `[N]`: clusters (-1 = outlier) or people
-    txt_labels:np.ndarray, # int64 `[M]`
-    protos_img:np.ndarray=None, # `[K_v, D]`, row k belongs to image label k
-    protos_txt:np.ndarray=None, # `[K_t, D]`, row k belongs to caption label k
-    shared:bool=True, # a label number means the same in both modalities (people), else False (clusters)
-    n_colours:int=9, # the largest groups get a colour, the others are light grey
-    ax=None, # to draw on; None makes a figure
-    **tsne, # `centre`, `perplexity`, `seed` of `tsne_points`
-): # the axes
+    img: np.ndarray,  # `[N, D]` unit rows
+    txt: np.ndarray,  # `[M, D]` unit rows
+    img_labels: np.ndarray,  # int64 `[N]`: clusters (-1 = outlier) or people
+    txt_labels: np.ndarray,  # int64 `[M]`
+    protos_img: np.ndarray = None,  # `[K_v, D]`, row k belongs to image label k
+    protos_txt: np.ndarray = None,  # `[K_t, D]`, row k belongs to caption label k
+    shared: bool = True,  # a label number means the same in both modalities (people), else False (clusters)
+    n_colours: int = 9,  # the largest groups get a colour, the others are light grey
+    ax=None,  # to draw on; None makes a figure
+    **tsne,  # `centre`, `perplexity`, `seed` of `tsne_points`
+):  # the axes
     "Images as dots, captions as triangles and prototypes as stars on one t-SNE map, coloured by label (as in paper section 4)."
     points = tsne_points(img, txt, protos_img, protos_txt, **tsne)
     labels = [np.asarray(img_labels), np.asarray(txt_labels), *(np.arange(len(p)) for p in points[2:])]
     for name, y, p in zip(("img_labels", "txt_labels"), labels, points):
-        if y.shape != (len(p),): raise ValueError(f"{name} must have {len(p)} rows, got shape {y.shape}")
+        if y.shape != (len(p),):
+            raise ValueError(f"{name} must have {len(p)} rows, got shape {y.shape}")
     shift = 0 if shared else labels[0].max(initial=-1) + 1
     labels[1::2] = [np.where(y < 0, y, y + shift) for y in labels[1::2]]
     names, size = np.unique(np.concatenate(labels[:2]), return_counts=True)
     names, size = names[names >= 0], size[names >= 0]
     top = names[np.argsort(-size, kind="stable")[:n_colours]]
     colour = dict(zip(top.tolist(), palette(len(top)))) if len(top) else {}
-    if ax is None: _, ax = plt.subplots(figsize=(6.6, 4.6), layout="constrained")
-    looks = (("image", "o", 22), ("caption", "^", 22), ("image prototype", "*", 110), ("caption prototype", "*", 110))
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6.6, 4.6), layout="constrained")
+    looks = (
+        ("image", "o", 22),
+        ("caption", "^", 22),
+        ("image prototype", "*", 110),
+        ("caption prototype", "*", 110),
+    )
     for i, ((name, marker, s), p, y) in enumerate(zip(looks, points, labels)):
-        if not len(p): continue
-        tint = [colour.get(k, (.8, .8, .8)) for k in y.tolist()]
+        if not len(p):
+            continue
+        tint = [colour.get(k, (0.8, 0.8, 0.8)) for k in y.tolist()]
         edge = {2: "k", 3: COLOURS["wrong"]}.get(i, "none")
-        ax.scatter(*p.T, c=tint, marker=marker, s=s, edgecolors=edge, linewidths=1. if i > 1 else 0, alpha=.85 if i < 2 else 1, zorder=1 + i//2)
+        ax.scatter(
+            *p.T,
+            c=tint,
+            marker=marker,
+            s=s,
+            edgecolors=edge,
+            linewidths=1.0 if i > 1 else 0,
+            alpha=0.85 if i < 2 else 1,
+            zorder=1 + i // 2,
+        )
         ax.scatter([], [], c="grey" if i < 2 else "w", marker=marker, s=s, edgecolors=edge, label=name)
-    ax.set(xticks=[], yticks=[]); ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set(xticks=[], yticks=[])
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/02_viz.ipynb #510efc6e
 def scores_table(
-    rows:dict, # row name -> dict of metric -> percent
-    intervals:dict=None, # row name -> dict of metric -> (low, high); rows may be missing
-    metrics:tuple=("R1", "R5", "R10", "mAP", "mINP"), # columns, in this order
-) -> pd.DataFrame: # text cells, "58.2" or "58.2 (55.0-61.1)"
+    rows: dict,  # row name -> dict of metric -> percent
+    intervals: dict = None,  # row name -> dict of metric -> (low, high); rows may be missing
+    metrics: tuple = ("R1", "R5", "R10", "mAP", "mINP"),  # columns, in this order
+) -> pd.DataFrame:  # text cells, "58.2" or "58.2 (55.0-61.1)"
     "A result table with intervals behind the numbers; a metric that a row lacks is a dash (ours)."
+
     def _cell(name, m):
         value, span = rows[name].get(m), (intervals or {}).get(name, {}).get(m)
-        if value is None: return "-"
+        if value is None:
+            return "-"
         return f"{value:.1f}" + (f" ({span[0]:.1f}-{span[1]:.1f})" if span is not None else "")
-    return pd.DataFrame([[_cell(r, m) for m in metrics] for r in rows], index=list(rows), columns=list(metrics))
+
+    return pd.DataFrame(
+        [[_cell(r, m) for m in metrics] for r in rows], index=list(rows), columns=list(metrics)
+    )
 
 # %% ../nbs/02_viz.ipynb #f2068a41
 def scores_bars(
-    rows:dict, # row name -> dict of metric -> percent
-    intervals:dict=None, # row name -> dict of metric -> (low, high)
-    metrics:tuple=("R1", "mAP"), # a group of bars each
-    ax=None, # to draw on; None makes a figure
-): # the axes
+    rows: dict,  # row name -> dict of metric -> percent
+    intervals: dict = None,  # row name -> dict of metric -> (low, high)
+    metrics: tuple = ("R1", "mAP"),  # a group of bars each
+    ax=None,  # to draw on; None makes a figure
+):  # the axes
     "Bars a metric and row, with the interval as a whisker and the number beside it (ours)."
-    if ax is None: _, ax = plt.subplots(figsize=(5.6, .45 + .34*len(metrics)*len(rows)), layout="constrained")
-    step = .8/len(rows)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5.6, 0.45 + 0.34 * len(metrics) * len(rows)), layout="constrained")
+    step = 0.8 / len(rows)
     for i, (name, colour) in enumerate(zip(rows, palette(len(rows)))):
-        have = [(k, rows[name][m], (intervals or {}).get(name, {}).get(m)) for k, m in enumerate(metrics) if m in rows[name]]
-        y = [k + (i - (len(rows) - 1)/2)*step for k, *_ in have]
-        ax.barh(y, [v for _, v, _ in have], step*.9, color=colour, label=name)
+        have = [
+            (k, rows[name][m], (intervals or {}).get(name, {}).get(m))
+            for k, m in enumerate(metrics)
+            if m in rows[name]
+        ]
+        y = [k + (i - (len(rows) - 1) / 2) * step for k, *_ in have]
+        ax.barh(y, [v for _, v, _ in have], step * 0.9, color=colour, label=name)
         for at, (_, v, span) in zip(y, have):
-            if span is not None: ax.errorbar(v, at, xerr=[[v - span[0]], [span[1] - v]], color="k", lw=1.1, capsize=3)
+            if span is not None:
+                ax.errorbar(v, at, xerr=[[v - span[0]], [span[1] - v]], color="k", lw=1.1, capsize=3)
             ax.text((v if span is None else span[1]) + 1, at, f"{v:.1f}", va="center", fontsize=8)
-    ax.set_yticks(range(len(metrics)), metrics); ax.invert_yaxis(); ax.set_xlabel("%"); sns.despine(ax=ax)
+    ax.set_yticks(range(len(metrics)), metrics)
+    ax.invert_yaxis()
+    ax.set_xlabel("%")
+    sns.despine(ax=ax)
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/02_viz.ipynb #3c53eb09
 def save_figure(
-    axes, # any axes, or an array of axes, of the figure
-    path, # .png, .pdf or .svg
-    dpi:int=110, # dots per inch of a PNG
-) -> Path: # `path`
+    axes,  # any axes, or an array of axes, of the figure
+    path,  # .png, .pdf or .svg
+    dpi: int = 110,  # dots per inch of a PNG
+) -> Path:  # `path`
     "Write the figure that `axes` belong to and close it (ours)."
     figure = np.ravel(axes)[0].figure
-    with atomic_path(path) as tmp: figure.savefig(tmp, dpi=dpi, bbox_inches="tight")
+    with atomic_path(path) as tmp:
+        figure.savefig(tmp, dpi=dpi, bbox_inches="tight")
     plt.close(figure)
     return Path(path)

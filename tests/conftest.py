@@ -1,4 +1,5 @@
 "What the test files share: which promise a test holds, noted for the table in nbs/benchmarks/reliability.ipynb."
+
 import json, os
 from pathlib import Path
 
@@ -17,19 +18,27 @@ def promise(request):
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
-    if call.when != "call" or report.skipped: return
+    if call.when != "call" or report.skipped:
+        return
     for name, cases, facts in item.stash.get(KEPT, []):
-        row = item.config.stash.setdefault(KEPT, {}).setdefault(name, dict(tests=[], slow=False, cases=0, lost=0, seconds=0., facts={}))
+        row = item.config.stash.setdefault(KEPT, {}).setdefault(
+            name, dict(tests=[], slow=False, cases=0, lost=0, seconds=0.0, facts={})
+        )
         row["tests"] = sorted({*row["tests"], item.nodeid.split("[")[0]})
         row["slow"] |= item.get_closest_marker("slow") is not None
-        row["cases"] += cases; row["lost"] += cases * report.failed; row["seconds"] = round(row["seconds"] + call.duration, 2); row["facts"] |= facts
+        row["cases"] += cases
+        row["lost"] += cases * report.failed
+        row["seconds"] = round(row["seconds"] + call.duration, 2)
+        row["facts"] |= facts
 
 
 def pytest_sessionfinish(session):
     "With CPCL_RECORD=FILE the promises of this session take their rows there."
-    if not (file := os.environ.get("CPCL_RECORD")) or not (kept := session.config.stash.get(KEPT, {})): return
+    if not (file := os.environ.get("CPCL_RECORD")) or not (kept := session.config.stash.get(KEPT, {})):
+        return
     from cpcl.train.checkpoint import write_json
     from cpcl.train.loop import environment
+
     told = {k: v for k, v in environment().items() if k != "command"}
     old = json.loads(Path(file).read_text(encoding="utf8")) if Path(file).is_file() else {}
     write_json(file, old | {name: row | dict(environment=told) for name, row in kept.items()})

@@ -1,4 +1,5 @@
 "Bad input: one line that names the thing and says what to do, exit 2, nothing half-written; and what only looks bad is taken."
+
 import contextlib, functools, io, json, os, pickle, shutil, struct, warnings, zipfile, zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -21,23 +22,26 @@ SEARCH, INDEX = "search {tmp}/index woman", "index {set}/imgs --run {run} --out 
 
 
 class Case(NamedTuple):
-    name: str # what is wrong
-    words: str # after `cpcl`; {set} a data set, {run} a run, {tmp} the folder of the case
-    says: tuple # what the line must hold: the thing, and what to do
-    make: Callable = None # (folder of the case) -> files made, in a copy of the data set, run or index
+    name: str  # what is wrong
+    words: str  # after `cpcl`; {set} a data set, {run} a run, {tmp} the folder of the case
+    says: tuple  # what the line must hold: the thing, and what to do
+    make: Callable = None  # (folder of the case) -> files made, in a copy of the data set, run or index
 
 
 # --- what everything is made from, once
+
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
     "A data set, a trained run and an index of it, never written to again."
     base = tmp_path_factory.mktemp("things")
-    write_synth(base/"set", people=24, seed=11, layout="cuhk-pedes", splits=(14, 4, 6))
+    write_synth(base / "set", people=24, seed=11, layout="cuhk-pedes", splits=(14, 4, 6))
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         assert main(f"train --root {base}/set --out {base}/run {SMALL}".split()) == 0, said.getvalue()
-        assert main(f"index {base}/set/imgs --run {base}/run --out {base}/index".split()) == 0, said.getvalue()
+        assert main(f"index {base}/set/imgs --run {base}/run --out {base}/index".split()) == 0, (
+            said.getvalue()
+        )
     return base
 
 
@@ -50,202 +54,546 @@ def quiet(monkeypatch):
 def prepare(case, things, tmp):
     "Copies of what a case changes; its words with their places filled in."
     for name in ("set", "run", "index"):
-        if name in getattr(case.make, "needs", ()) or f"{{tmp}}/{name}" in case.words: shutil.copytree(things/name, tmp/name)
-    if case.make: case.make(tmp)
-    places = dict(tmp=tmp, set=next(p for p in (tmp/"set", things/"set") if p.exists()), run=things/"run", index=things/"index")
+        if name in getattr(case.make, "needs", ()) or f"{{tmp}}/{name}" in case.words:
+            shutil.copytree(things / name, tmp / name)
+    if case.make:
+        case.make(tmp)
+    places = dict(
+        tmp=tmp,
+        set=next(p for p in (tmp / "set", things / "set") if p.exists()),
+        run=things / "run",
+        index=things / "index",
+    )
     return [w.replace("~", " ").format(**places) for w in case.words.split(" ")]
 
 
 def state(folder):
     "Every file below a folder, as it is."
-    def one(p): return "link" if p.is_symlink() else "folder" if p.is_dir() else zlib.crc32(p.read_bytes()) if p.is_file() else "other"
+
+    def one(p):
+        return (
+            "link"
+            if p.is_symlink()
+            else "folder"
+            if p.is_dir()
+            else zlib.crc32(p.read_bytes())
+            if p.is_file()
+            else "other"
+        )
+
     return {str(p.relative_to(folder)): one(p) for p in sorted(folder.rglob("*"))}
 
 
 def cpcl(*words):
     "(exit status, stdout, stderr and warnings) of a command in this process."
     out, err = io.StringIO(), io.StringIO()
-    with warnings.catch_warnings(record=True) as warned, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        warnings.catch_warnings(record=True) as warned,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         warnings.simplefilter("default")
-        try: code = main(list(words))
-        except SystemExit as e: code = e.code
+        try:
+            code = main(list(words))
+        except SystemExit as e:
+            code = e.code
     for w in warned:
-        if "cpcl" in str(w.filename) or issubclass(w.category, UserWarning): err.write(f"{w.filename}: {w.message}\n")
+        if "cpcl" in str(w.filename) or issubclass(w.category, UserWarning):
+            err.write(f"{w.filename}: {w.message}\n")
     return code, out.getvalue(), err.getvalue()
 
 
 # --- how files are made bad; each returns a function of the case's folder
 
+
 def needing(*names):
     "Mark which things a maker works on a copy of."
-    def mark(f): f.needs = names; return f
+
+    def mark(f):
+        f.needs = names
+        return f
+
     return mark
 
 
 def ann(change, records=False):
     "The annotation through `change`: from its text (or its records) to text, bytes or records."
+
     @needing("set")
     def make(tmp):
-        file = tmp/"set"/"reid_raw.json"; told = change(json.loads(file.read_text()) if records else file.read_text())
-        file.write_bytes(told if isinstance(told, bytes) else (told if isinstance(told, str) else json.dumps(told)).encode("utf8", "surrogatepass"))
+        file = tmp / "set" / "reid_raw.json"
+        told = change(json.loads(file.read_text()) if records else file.read_text())
+        file.write_bytes(
+            told
+            if isinstance(told, bytes)
+            else (told if isinstance(told, str) else json.dumps(told)).encode("utf8", "surrogatepass")
+        )
+
     return make
 
 
 def first(**changed):
     "Fields of the first record, changed; None takes one away."
+
     def change(rows):
-        for k, v in changed.items(): rows[0].pop(k) if v is None else rows[0].update({k: v})
+        for k, v in changed.items():
+            rows[0].pop(k) if v is None else rows[0].update({k: v})
         return rows
+
     return ann(change, records=True)
 
 
 def image(change, split="train", row=0):
     "One image of a split through `change`: (path) -> None."
+
     @needing("set")
-    def make(tmp): change(load_split(tmp/"set", split=split).path(row))
+    def make(tmp):
+        change(load_split(tmp / "set", split=split).path(row))
+
     return make
 
 
 def put(place, content, needs=()):
     "A file with that text or bytes."
+
     @needing(*needs)
     def make(tmp):
-        (tmp/place).parent.mkdir(parents=True, exist_ok=True); (tmp/place).write_bytes(content.encode() if isinstance(content, str) else content)
+        (tmp / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp / place).write_bytes(content.encode() if isinstance(content, str) else content)
+
     return make
 
 
 def own(text, name="captions.jsonl"):
     "A folder of one's own with two images and that annotation, instead of the drawn set."
+
     @needing()
     def make(tmp):
-        (tmp/"set").mkdir()
-        for n in ("a.jpg", "b.jpg"): Image.new("RGB", (24, 48)).save(tmp/"set"/n)
-        (tmp/"set"/name).write_bytes(text.encode("utf8", "surrogatepass") if isinstance(text, str) else text)
+        (tmp / "set").mkdir()
+        for n in ("a.jpg", "b.jpg"):
+            Image.new("RGB", (24, 48)).save(tmp / "set" / n)
+        (tmp / "set" / name).write_bytes(
+            text.encode("utf8", "surrogatepass") if isinstance(text, str) else text
+        )
+
     return make
 
 
 def at(place, change):
     "`change` of a file's place, in a copy of the run, the index or the set."
+
     @needing(place.split("/")[0])
-    def make(tmp): change(tmp/place)
+    def make(tmp):
+        change(tmp / place)
+
     return make
 
 
-def cut(n): return lambda p: p.write_bytes(p.read_bytes()[:n])
-def text(t): return lambda p: p.write_text(t)
-def gone(p): p.unlink()
-def folder(p): p.unlink(missing_ok=True); p.mkdir()
-def link(to): return lambda p: (p.unlink(), p.symlink_to(to))
-def pipe(p): p.unlink(); os.mkfifo(p)
+def cut(n):
+    return lambda p: p.write_bytes(p.read_bytes()[:n])
+
+
+def text(t):
+    return lambda p: p.write_text(t)
+
+
+def gone(p):
+    p.unlink()
+
+
+def folder(p):
+    p.unlink(missing_ok=True)
+    p.mkdir()
+
+
+def link(to):
+    return lambda p: (p.unlink(), p.symlink_to(to))
+
+
+def pipe(p):
+    p.unlink()
+    os.mkfifo(p)
 
 
 def as_json(change):
     "A JSON file through `change`."
-    def make(p): p.write_text(json.dumps(change(json.loads(p.read_text()))))
+
+    def make(p):
+        p.write_text(json.dumps(change(json.loads(p.read_text()))))
+
     return make
 
 
 def png_claims(width, height):
     "A PNG of a few bytes whose header claims a size."
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + chunk(b"IEND", b"")
+    )
 
 
 class Runs:
     "What writes a file when it is unpickled."
-    def __init__(self, place): self.place = place
-    def __reduce__(self): return (Path.write_text, (Path(self.place), "ran"))
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return (Path.write_text, (Path(self.place), "ran"))
 
 
 @needing()
-def evil(tmp): torch.save({"visual.conv1.weight": torch.zeros(1), "x": Runs(tmp/"RAN")}, tmp/"evil.pt")
+def evil(tmp):
+    torch.save({"visual.conv1.weight": torch.zeros(1), "x": Runs(tmp / "RAN")}, tmp / "evil.pt")
+
+
 @needing()
-def evil_pickle(tmp): (tmp/"evil.pth").write_bytes(pickle.dumps(Runs(tmp/"RAN")))
+def evil_pickle(tmp):
+    (tmp / "evil.pth").write_bytes(pickle.dumps(Runs(tmp / "RAN")))
+
+
 @needing()
-def evil_safetensors(tmp): (tmp/"evil.safetensors").write_bytes(pickle.dumps(Runs(tmp/"RAN")))
+def evil_safetensors(tmp):
+    (tmp / "evil.safetensors").write_bytes(pickle.dumps(Runs(tmp / "RAN")))
+
+
 @needing()
 def torchscript(tmp):
-    with zipfile.ZipFile(tmp/"clip.pt", "w") as z: z.writestr("clip/code/__torch__.py", "raise SystemExit"); z.writestr("clip/constants.pkl", b"\x80\x02].")
+    with zipfile.ZipFile(tmp / "clip.pt", "w") as z:
+        z.writestr("clip/code/__torch__.py", "raise SystemExit")
+        z.writestr("clip/constants.pkl", b"\x80\x02].")
+
+
 @needing()
-def other_width(tmp): torch.save({k: v[..., :64].clone() if v.ndim else v for k, v in load_encoder(EncoderConfig("tiny", "", 48, 48)).clip.state_dict().items()}, tmp/"other.pt")
+def other_width(tmp):
+    torch.save(
+        {
+            k: v[..., :64].clone() if v.ndim else v
+            for k, v in load_encoder(EncoderConfig("tiny", "", 48, 48)).clip.state_dict().items()
+        },
+        tmp / "other.pt",
+    )
+
+
 @needing()
-def other_grid(tmp): torch.save(load_encoder(EncoderConfig("tiny", "", 48, 24)).clip.state_dict(), tmp/"grid.pt")
+def other_grid(tmp):
+    torch.save(load_encoder(EncoderConfig("tiny", "", 48, 24)).clip.state_dict(), tmp / "grid.pt")
+
+
 @needing()
-def a_list(tmp): torch.save([torch.zeros(2)], tmp/"list.pt")
+def a_list(tmp):
+    torch.save([torch.zeros(2)], tmp / "list.pt")
+
+
 @needing("run")
-def half_weights(tmp): cut(20_000)(tmp/"run"/"last.safetensors")
+def half_weights(tmp):
+    cut(20_000)(tmp / "run" / "last.safetensors")
+
+
 @needing()
-def locked(tmp): (tmp/"locked").mkdir(); (tmp/"locked").chmod(0o555)
+def locked(tmp):
+    (tmp / "locked").mkdir()
+    (tmp / "locked").chmod(0o555)
 
 
-LOCKED = "{tmp}/locked/out" if os.geteuid() else "/proc/version/out" # root may write anywhere but there
+LOCKED = "{tmp}/locked/out" if os.geteuid() else "/proc/version/out"  # root may write anywhere but there
 NESTED = "[" * 100_000
 
 
 BAD = {
     "annotations": [
-        Case("cut in the middle", TRAIN, ("reid_raw.json", "not valid JSON", "line 1", "mend"), ann(lambda t: t[:len(t) // 2])),
+        Case(
+            "cut in the middle",
+            TRAIN,
+            ("reid_raw.json", "not valid JSON", "line 1", "mend"),
+            ann(lambda t: t[: len(t) // 2]),
+        ),
         Case("no byte", TRAIN, ("reid_raw.json", "not valid JSON", "mend"), ann(lambda t: b"")),
-        Case("an object, not a list", TRAIN, ("reid_raw.json", "must hold a list", "dict"), ann(lambda r: {"train": r}, True)),
-        Case("an empty list", TRAIN, ("reid_raw.json", "holds no records", "right file"), ann(lambda r: [], True)),
-        Case("a record that is text", TRAIN, ("reid_raw.json", "record 0", "must be an object", "mend"), ann(lambda r: ["a man", *r], True)),
+        Case(
+            "an object, not a list",
+            TRAIN,
+            ("reid_raw.json", "must hold a list", "dict"),
+            ann(lambda r: {"train": r}, True),
+        ),
+        Case(
+            "an empty list",
+            TRAIN,
+            ("reid_raw.json", "holds no records", "right file"),
+            ann(lambda r: [], True),
+        ),
+        Case(
+            "a record that is text",
+            TRAIN,
+            ("reid_raw.json", "record 0", "must be an object", "mend"),
+            ann(lambda r: ["a man", *r], True),
+        ),
         Case("no split", TRAIN, ("record 0", "has no split", "mend"), first(split=None)),
         Case("an unknown split", TRAIN, ("record 0", "'trian'", "train, val, test"), first(split="trian")),
-        Case("captions that are text", TRAIN, ("record 0", "captions must be a list", "mend"), first(captions="a man")),
+        Case(
+            "captions that are text",
+            TRAIN,
+            ("record 0", "captions must be a list", "mend"),
+            first(captions="a man"),
+        ),
         Case("no caption", TRAIN, ("record 0", "captions must be a list", "mend"), first(captions=[])),
-        Case("a caption that is a number", TRAIN, ("record 0", "a caption must be text", "12", "mend"), first(captions=["a man", 12])),
-        Case("a caption nested deeply", TRAIN, ("reid_raw.json", "nested too deeply"), ann(lambda t: t.replace('"captions":["', f'"captions":[{NESTED},"', 1))),
-        Case("a caption that is a long list", TRAIN, ("record 0", "a caption must be text", "mend"), first(captions=[["x"] * 100_000])),
-        Case("an empty caption", TRAIN, ("record 0", "the caption is empty", "leave it out"), first(captions=["a man", " \t\u00a0"])),
-        Case("a caption of half a character", TRAIN, ("record 0", "not valid Unicode", "mend"), first(captions=["a man \ud800 " + "x" * 1_000_000])),
-        Case("an id that is no number (NaN)", TRAIN, ("record 0", "id must be an integer", "nan", "mend"), first(id=float("nan"))),
-        Case("an id that is text", TRAIN, ("record 0", "id must be an integer", "'7'", "mend"), first(id="7")),
+        Case(
+            "a caption that is a number",
+            TRAIN,
+            ("record 0", "a caption must be text", "12", "mend"),
+            first(captions=["a man", 12]),
+        ),
+        Case(
+            "a caption nested deeply",
+            TRAIN,
+            ("reid_raw.json", "nested too deeply"),
+            ann(lambda t: t.replace('"captions":["', f'"captions":[{NESTED},"', 1)),
+        ),
+        Case(
+            "a caption that is a long list",
+            TRAIN,
+            ("record 0", "a caption must be text", "mend"),
+            first(captions=[["x"] * 100_000]),
+        ),
+        Case(
+            "an empty caption",
+            TRAIN,
+            ("record 0", "the caption is empty", "leave it out"),
+            first(captions=["a man", " \t\u00a0"]),
+        ),
+        Case(
+            "a caption of half a character",
+            TRAIN,
+            ("record 0", "not valid Unicode", "mend"),
+            first(captions=["a man \ud800 " + "x" * 1_000_000]),
+        ),
+        Case(
+            "an id that is no number (NaN)",
+            TRAIN,
+            ("record 0", "id must be an integer", "nan", "mend"),
+            first(id=float("nan")),
+        ),
+        Case(
+            "an id that is text", TRAIN, ("record 0", "id must be an integer", "'7'", "mend"), first(id="7")
+        ),
         Case("an id that is true", TRAIN, ("record 0", "id must be an integer", "True"), first(id=True)),
         Case("an id of 200 bits", TRAIN, ("record 0", "integer of 64 bits"), first(id=2**200)),
-        Case("an id of 5,000 digits", TRAIN, ("reid_raw.json", "not valid JSON", "mend"), ann(lambda t: t.replace('"id":', f'"id":{"9" * 5000}', 1))),
-        Case("a key twice", TRAIN, ("reid_raw.json", "'id'", "twice"), ann(lambda t: t.replace('"id":', '"id":3,"id":', 1))),
-        Case("an image twice", TRAIN, ("stands twice", "record 0", "keep one"), ann(lambda r: [r[0], *r], True)),
+        Case(
+            "an id of 5,000 digits",
+            TRAIN,
+            ("reid_raw.json", "not valid JSON", "mend"),
+            ann(lambda t: t.replace('"id":', f'"id":{"9" * 5000}', 1)),
+        ),
+        Case(
+            "a key twice",
+            TRAIN,
+            ("reid_raw.json", "'id'", "twice"),
+            ann(lambda t: t.replace('"id":', '"id":3,"id":', 1)),
+        ),
+        Case(
+            "an image twice", TRAIN, ("stands twice", "record 0", "keep one"), ann(lambda r: [r[0], *r], True)
+        ),
         Case("nested deeply", TRAIN, ("reid_raw.json", "nested too deeply"), ann(lambda t: NESTED + t)),
-        Case("in Latin-1", TRAIN, ("reid_raw.json", "not UTF-8", "save it as UTF-8"), ann(lambda t: t.replace("a ", "à ", 1).encode("latin-1"))),
-        Case("in UTF-16", TRAIN, ("reid_raw.json", "not UTF-8", "save it as UTF-8"), ann(lambda t: t.encode("utf-16"))),
-        Case("a path out of the folder", TRAIN, ("record 0", "'../../secret.jpg'", "leaves the folder"), first(file_path="../../secret.jpg")),
-        Case("an absolute path", TRAIN, ("record 0", "'/etc/passwd'", "relative to the folder"), first(file_path="/etc/passwd")),
-        Case("a path with a NUL", TRAIN, ("record 0", "character no file name should have", "mend"), first(file_path="a\0.jpg")),
-        Case("a path that is a number", TRAIN, ("record 0", "must be a path, got 3", "mend"), first(file_path=3)),
-        Case("no train split", TRAIN, ("has no train split", "only"), ann(lambda r: [x | {"split": "test"} for x in r], True)),
-        Case("none at all", "train --root {tmp}/bare --out {tmp}/out", ("no annotation in", "reid_raw.json", "captions.csv"), put("bare/readme.txt", "hello")),
-        Case("one folder too high", "train --root {tmp} --out {tmp}/out", ("no annotation in", "did you mean", "set"), at("set/reid_raw.json", lambda p: None)),
-        Case("of two data sets", TRAIN, ("annotations of cuhk-pedes and rstpreid", "say which"), at("set/data_captions.json", text("[]"))),
+        Case(
+            "in Latin-1",
+            TRAIN,
+            ("reid_raw.json", "not UTF-8", "save it as UTF-8"),
+            ann(lambda t: t.replace("a ", "à ", 1).encode("latin-1")),
+        ),
+        Case(
+            "in UTF-16",
+            TRAIN,
+            ("reid_raw.json", "not UTF-8", "save it as UTF-8"),
+            ann(lambda t: t.encode("utf-16")),
+        ),
+        Case(
+            "a path out of the folder",
+            TRAIN,
+            ("record 0", "'../../secret.jpg'", "leaves the folder"),
+            first(file_path="../../secret.jpg"),
+        ),
+        Case(
+            "an absolute path",
+            TRAIN,
+            ("record 0", "'/etc/passwd'", "relative to the folder"),
+            first(file_path="/etc/passwd"),
+        ),
+        Case(
+            "a path with a NUL",
+            TRAIN,
+            ("record 0", "character no file name should have", "mend"),
+            first(file_path="a\0.jpg"),
+        ),
+        Case(
+            "a path that is a number",
+            TRAIN,
+            ("record 0", "must be a path, got 3", "mend"),
+            first(file_path=3),
+        ),
+        Case(
+            "no train split",
+            TRAIN,
+            ("has no train split", "only"),
+            ann(lambda r: [x | {"split": "test"} for x in r], True),
+        ),
+        Case(
+            "none at all",
+            "train --root {tmp}/bare --out {tmp}/out",
+            ("no annotation in", "reid_raw.json", "captions.csv"),
+            put("bare/readme.txt", "hello"),
+        ),
+        Case(
+            "one folder too high",
+            "train --root {tmp} --out {tmp}/out",
+            ("no annotation in", "did you mean", "set"),
+            at("set/reid_raw.json", lambda p: None),
+        ),
+        Case(
+            "of two data sets",
+            TRAIN,
+            ("annotations of cuhk-pedes and rstpreid", "say which"),
+            at("set/data_captions.json", text("[]")),
+        ),
         Case("another set's name", TRAIN + " --data rstpreid", ("no annotation in", "data_captions.json")),
-        Case("a folder that is not there", TRAIN.replace("{set}", "{tmp}/nowhere"), ("no such folder", "nowhere")),
-        Case("a folder that is a file", TRAIN.replace("{set}", "{set}/reid_raw.json"), ("no such folder", "reid_raw.json")),
-        Case("own: a line cut off", TRAIN, ("captions.jsonl", "not valid JSON", "line 2", "mend"), own('{"image": "a.jpg", "caption": "a man"}\n{"image": "b.jpg", "capt')),
-        Case("own: no caption column", TRAIN, ("captions.csv", "image and caption", "text"), own("image,text\na.jpg,a man\n", "captions.csv")),
-        Case("own: a comma without quotes", TRAIN, ("captions.csv", "line 2", '"quotes"'), own("image,caption\na.jpg,a man, walking\n", "captions.csv")),
-        Case("own: a column twice", TRAIN, ("captions.csv", "column stands twice", "caption"), own("image,caption,caption\na.jpg,x,y\n", "captions.csv")),
-        Case("own: a split here and none there", TRAIN, ("captions.jsonl", "give all or none"), own('{"image": "a.jpg", "caption": "x", "split": "train"}\n{"image": "b.jpg", "caption": "y"}')),
-        Case("own: no person, supervised", TRAIN + " --preset supervised", ("supervised", "people"), own('{"image": "a.jpg", "caption": "x"}\n{"image": "b.jpg", "caption": "y"}')),
+        Case(
+            "a folder that is not there",
+            TRAIN.replace("{set}", "{tmp}/nowhere"),
+            ("no such folder", "nowhere"),
+        ),
+        Case(
+            "a folder that is a file",
+            TRAIN.replace("{set}", "{set}/reid_raw.json"),
+            ("no such folder", "reid_raw.json"),
+        ),
+        Case(
+            "own: a line cut off",
+            TRAIN,
+            ("captions.jsonl", "not valid JSON", "line 2", "mend"),
+            own('{"image": "a.jpg", "caption": "a man"}\n{"image": "b.jpg", "capt'),
+        ),
+        Case(
+            "own: no caption column",
+            TRAIN,
+            ("captions.csv", "image and caption", "text"),
+            own("image,text\na.jpg,a man\n", "captions.csv"),
+        ),
+        Case(
+            "own: a comma without quotes",
+            TRAIN,
+            ("captions.csv", "line 2", '"quotes"'),
+            own("image,caption\na.jpg,a man, walking\n", "captions.csv"),
+        ),
+        Case(
+            "own: a column twice",
+            TRAIN,
+            ("captions.csv", "column stands twice", "caption"),
+            own("image,caption,caption\na.jpg,x,y\n", "captions.csv"),
+        ),
+        Case(
+            "own: a split here and none there",
+            TRAIN,
+            ("captions.jsonl", "give all or none"),
+            own('{"image": "a.jpg", "caption": "x", "split": "train"}\n{"image": "b.jpg", "caption": "y"}'),
+        ),
+        Case(
+            "own: no person, supervised",
+            TRAIN + " --preset supervised",
+            ("supervised", "people"),
+            own('{"image": "a.jpg", "caption": "x"}\n{"image": "b.jpg", "caption": "y"}'),
+        ),
     ],
     "images": [
         Case("no byte", TRAIN, ("cannot read the image", ".jpg", "take it out"), image(cut(0))),
         Case("cut in the middle", TRAIN, ("cannot read the image", ".jpg", "take it out"), image(cut(700))),
-        Case("cut, of the test split", TRAIN, ("cannot read the image", ".jpg", "take it out"), image(cut(700), "test", -1)),
-        Case("text by the name of an image", TRAIN, ("cannot read the image", ".jpg", "take it out"), image(text("<html>404</html>"))),
-        Case("PostScript, which would be run", TRAIN, ("cannot read the image", ".jpg", "take it out"), image(text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"))),
-        Case("a bomb of 400 million pixels", TRAIN, ("more than 80,000,000", ".jpg", "make it smaller"), image(lambda p: p.write_bytes(png_claims(20_000, 20_000)))),
-        Case("a bomb of 121 million pixels", TRAIN, ("more than 80,000,000", ".jpg", "make it smaller"), image(lambda p: p.write_bytes(png_claims(11_000, 11_000)))),
-        Case("a header of 2**31 pixels a side", TRAIN, ("more than 80,000,000", ".jpg", "make it smaller"), image(lambda p: p.write_bytes(png_claims(2**31 - 1, 2**31 - 1)))),
+        Case(
+            "cut, of the test split",
+            TRAIN,
+            ("cannot read the image", ".jpg", "take it out"),
+            image(cut(700), "test", -1),
+        ),
+        Case(
+            "text by the name of an image",
+            TRAIN,
+            ("cannot read the image", ".jpg", "take it out"),
+            image(text("<html>404</html>")),
+        ),
+        Case(
+            "PostScript, which would be run",
+            TRAIN,
+            ("cannot read the image", ".jpg", "take it out"),
+            image(text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")),
+        ),
+        Case(
+            "a bomb of 400 million pixels",
+            TRAIN,
+            ("more than 80,000,000", ".jpg", "make it smaller"),
+            image(lambda p: p.write_bytes(png_claims(20_000, 20_000))),
+        ),
+        Case(
+            "a bomb of 121 million pixels",
+            TRAIN,
+            ("more than 80,000,000", ".jpg", "make it smaller"),
+            image(lambda p: p.write_bytes(png_claims(11_000, 11_000))),
+        ),
+        Case(
+            "a header of 2**31 pixels a side",
+            TRAIN,
+            ("more than 80,000,000", ".jpg", "make it smaller"),
+            image(lambda p: p.write_bytes(png_claims(2**31 - 1, 2**31 - 1))),
+        ),
         Case("one that is missing", TRAIN, ("1 of the", "are missing in", "imgs", ".jpg"), image(gone)),
-        Case("all of them missing", TRAIN, ("are missing in", "imgs", ", ..."), at("set/imgs", shutil.rmtree)),
+        Case(
+            "all of them missing", TRAIN, ("are missing in", "imgs", ", ..."), at("set/imgs", shutil.rmtree)
+        ),
         Case("a folder by the name of an image", TRAIN, ("are missing in", ".jpg"), image(folder)),
         Case("a pipe, which would wait for ever", TRAIN, ("are missing in", ".jpg"), image(pipe)),
-        Case("a link out of the folder", TRAIN, ("is a link that leaves", ".jpg", "copy"), image(link("/etc/passwd"))),
+        Case(
+            "a link out of the folder",
+            TRAIN,
+            ("is a link that leaves", ".jpg", "copy"),
+            image(link("/etc/passwd")),
+        ),
         Case("a link to itself", TRAIN, ("are missing in", ".jpg"), image(lambda p: link(p)(p))),
-        Case("a folder of images that leads out", TRAIN, ("is a link that leaves", "imgs", "copy it there"), at("set/imgs", lambda p: (p.rename(p.parent.parent/"elsewhere"), p.symlink_to(p.parent.parent/"elsewhere")))),
-        Case("scored: cut in the middle", "eval {run} --root {set}", ("cannot read the image", ".jpg", "take it out"), image(cut(700), "test")),
-        Case("indexed: no whole one among them", "index {tmp}/crops --run {run} --out {tmp}/out", ("none of the 2 images", "crops", "can be read"), lambda tmp: [put(f"crops/{n}.jpg", "x")(tmp) for n in "ab"]),
-        Case("searched with: cut in the middle", "search {index} --image {tmp}/x.jpg", ("cannot read the image", "x.jpg"), put("x.jpg", b"\xff\xd8\xff")),
-        Case("searched with: one that is not there", "search {index} --image {tmp}/nowhere.jpg", ("cannot read the image", "nowhere.jpg")),
+        Case(
+            "a folder of images that leads out",
+            TRAIN,
+            ("is a link that leaves", "imgs", "copy it there"),
+            at(
+                "set/imgs",
+                lambda p: (
+                    p.rename(p.parent.parent / "elsewhere"),
+                    p.symlink_to(p.parent.parent / "elsewhere"),
+                ),
+            ),
+        ),
+        Case(
+            "scored: cut in the middle",
+            "eval {run} --root {set}",
+            ("cannot read the image", ".jpg", "take it out"),
+            image(cut(700), "test"),
+        ),
+        Case(
+            "indexed: no whole one among them",
+            "index {tmp}/crops --run {run} --out {tmp}/out",
+            ("none of the 2 images", "crops", "can be read"),
+            lambda tmp: [put(f"crops/{n}.jpg", "x")(tmp) for n in "ab"],
+        ),
+        Case(
+            "searched with: cut in the middle",
+            "search {index} --image {tmp}/x.jpg",
+            ("cannot read the image", "x.jpg"),
+            put("x.jpg", b"\xff\xd8\xff"),
+        ),
+        Case(
+            "searched with: one that is not there",
+            "search {index} --image {tmp}/nowhere.jpg",
+            ("cannot read the image", "nowhere.jpg"),
+        ),
     ],
     "configurations": [
         Case("an unknown key", TRAIN + " hcm.tua=1", ("no setting 'tua'", "tau_p")),
@@ -256,121 +604,442 @@ BAD = {
         Case("half an epoch", TRAIN + " optim.epochs=1.5", ("optim.epochs", "1.5")),
         Case("words for a pair of numbers", TRAIN + " augment.erase_area=a,b", ("erase_area", "a,b")),
         Case("a negative batch", TRAIN + " --batch-size -4", ("batch_size", "above 0", "-4")),
-        Case("a batch of one", TRAIN + " --batch-size 1", ("batch_size", "at least 2", "a pair needs another")),
+        Case(
+            "a batch of one", TRAIN + " --batch-size 1", ("batch_size", "at least 2", "a pair needs another")
+        ),
         Case("a learning rate of NaN", TRAIN + " optim.lr=nan", ("optim.lr", "above 0", "nan")),
         Case("an infinite learning rate", TRAIN + " optim.lr=inf", ("optim.lr", "above 0", "inf")),
-        Case("eps of 1", TRAIN + " labels.image.eps=1", ("eps", "between 0 and 1", "Jaccard distance of strangers is 1", "got 1.0")),
+        Case(
+            "eps of 1",
+            TRAIN + " labels.image.eps=1",
+            ("eps", "between 0 and 1", "Jaccard distance of strangers is 1", "got 1.0"),
+        ),
         Case("k1 above the images", TRAIN + " labels.image.k1=5000", ("labels.image.k1 is 5000", "images")),
         Case("a momentum of 2", TRAIN + " memory.mu=2", ("memory.mu", "0..1", "2")),
-        Case("a warm-up longer than the run", TRAIN + " optim.warmup=9", ("optim.warmup", "0..epochs=1", "9")),
-        Case("neither true nor false", TRAIN + " memory.refresh=perhaps", ("refresh", "true or false", "'perhaps'")),
+        Case(
+            "a warm-up longer than the run", TRAIN + " optim.warmup=9", ("optim.warmup", "0..epochs=1", "9")
+        ),
+        Case(
+            "neither true nor false",
+            TRAIN + " memory.refresh=perhaps",
+            ("refresh", "true or false", "'perhaps'"),
+        ),
         Case("a seed below 0", TRAIN + " --seed -1", ("seed", "0..2**32-1", "-1")),
-        Case("workers below 0", TRAIN + " --workers -1", ("--workers", "0 (decode in this process) or more", "-1")),
+        Case(
+            "workers below 0",
+            TRAIN + " --workers -1",
+            ("--workers", "0 (decode in this process) or more", "-1"),
+        ),
         Case("a size that no patch divides", TRAIN + " --height 50", ("50x24", "multiple", "patch of 8")),
-        Case("a height without a width", "train --root {set} --out {tmp}/out --height 48", ("height and width both", "48x0")),
+        Case(
+            "a height without a width",
+            "train --root {set} --out {tmp}/out --height 48",
+            ("height and width both", "48x0"),
+        ),
         Case("an unknown model", TRAIN + " --model ViT-B-61", ("no model 'ViT-B-61'", "ViT-B-16")),
-        Case("a model without weights", "train --root {set} --out {tmp}/out --model ViT-B-16", ("--pretrained", "openai")),
-        Case("a data set without its folder", "train --data rstpreid --out {tmp}/out", ("--data rstpreid", "--root")),
-        Case("an unknown preset", TRAIN + " --preset cpcll", ("--preset", "'cpcll'", "'cluster-contrast'", "cpcl train --help")),
-        Case("an unknown flag", TRAIN + " --epoch 3", ("--epoch", "did you mean --epochs?", "cpcl train --help")),
-        Case("another command's flag", TRAIN + " --shots 2 3", ("--shots", "belongs to cpcl synth", "cpcl train --help")),
-        Case("a flag of the wrong type", TRAIN + " --lr quick", ("--lr must be a number", "'quick'", "cpcl train --help")),
+        Case(
+            "a model without weights",
+            "train --root {set} --out {tmp}/out --model ViT-B-16",
+            ("--pretrained", "openai"),
+        ),
+        Case(
+            "a data set without its folder",
+            "train --data rstpreid --out {tmp}/out",
+            ("--data rstpreid", "--root"),
+        ),
+        Case(
+            "an unknown preset",
+            TRAIN + " --preset cpcll",
+            ("--preset", "'cpcll'", "'cluster-contrast'", "cpcl train --help"),
+        ),
+        Case(
+            "an unknown flag",
+            TRAIN + " --epoch 3",
+            ("--epoch", "did you mean --epochs?", "cpcl train --help"),
+        ),
+        Case(
+            "another command's flag",
+            TRAIN + " --shots 2 3",
+            ("--shots", "belongs to cpcl synth", "cpcl train --help"),
+        ),
+        Case(
+            "a flag of the wrong type",
+            TRAIN + " --lr quick",
+            ("--lr must be a number", "'quick'", "cpcl train --help"),
+        ),
         Case("a flag without its value", TRAIN + " --root", ("--root", "Missing value", "cpcl train --help")),
-        Case("a word missing", "index {set} --run {run}", ("Missing from cpcl index", "--out", "cpcl index --help")),
+        Case(
+            "a word missing",
+            "index {set} --run {run}",
+            ("Missing from cpcl index", "--out", "cpcl index --help"),
+        ),
         Case("an unknown command", "trian --root {set}", ("trian", "train, eval, synth", "cpcl --help")),
-        Case("a long word that no command takes", "doctor {set} " + "x" * 300, ("x" * 300, "cpcl doctor --help")),
+        Case(
+            "a long word that no command takes",
+            "doctor {set} " + "x" * 300,
+            ("x" * 300, "cpcl doctor --help"),
+        ),
         Case("drawn: too few people", "synth {tmp}/out --people 2", ("people must be at least 3", "got 2")),
-        Case("drawn: more shots than cameras", "synth {tmp}/out --people 9 --shots 4 99", ("shots", "<=", "cameras", "99")),
-        Case("drawn: where something else lies", "synth {tmp} --people 9", ("holds something else", "new or empty folder"), put("thesis.tex", "five years")),
+        Case(
+            "drawn: more shots than cameras",
+            "synth {tmp}/out --people 9 --shots 4 99",
+            ("shots", "<=", "cameras", "99"),
+        ),
+        Case(
+            "drawn: where something else lies",
+            "synth {tmp} --people 9",
+            ("holds something else", "new or empty folder"),
+            put("thesis.tex", "five years"),
+        ),
         Case("an ablation that does not exist", "ablate 99_nothing", ("no notebook 99_nothing",)),
     ],
     "weights": [
-        Case("cut in the middle", TRAIN + " --pretrained {tmp}/run/last.safetensors", ("last.safetensors", "not a whole safetensors file"), half_weights),
-        Case("no byte", TRAIN + " --pretrained {tmp}/x.safetensors", ("x.safetensors", "not a whole safetensors file"), put("x.safetensors", b"")),
-        Case("text", TRAIN + " --pretrained {tmp}/x.pt", ("x.pt", "not a plain file of weights", "nothing in it was run"), put("x.pt", "weights")),
-        Case("a pickle with code in it", TRAIN + " --pretrained {tmp}/evil.pt", ("evil.pt", "not a plain file of weights", "nothing in it was run"), evil),
-        Case("a bare pickle with code in it", TRAIN + " --pretrained {tmp}/evil.pth", ("evil.pth", "not a plain file of weights", "nothing in it was run"), evil_pickle),
-        Case("a pickle by the name of safetensors", TRAIN + " --pretrained {tmp}/evil.safetensors", ("evil.safetensors", "not a whole safetensors file"), evil_safetensors),
-        Case("a TorchScript program", TRAIN + " --pretrained {tmp}/clip.pt", ("clip.pt", "cpcl convert", "use what it writes"), torchscript),
-        Case("of another width", TRAIN + " --pretrained {tmp}/other.pt", ("other.pt", "does not fit tiny", "another shape"), other_width),
-        Case("of a grid that is no square", TRAIN + " --pretrained {tmp}/grid.pt", ("grid.pt", "19"), other_grid),
-        Case("a list of tensors", TRAIN + " --pretrained {tmp}/list.pt", ("list.pt", "no state dict"), a_list),
+        Case(
+            "cut in the middle",
+            TRAIN + " --pretrained {tmp}/run/last.safetensors",
+            ("last.safetensors", "not a whole safetensors file"),
+            half_weights,
+        ),
+        Case(
+            "no byte",
+            TRAIN + " --pretrained {tmp}/x.safetensors",
+            ("x.safetensors", "not a whole safetensors file"),
+            put("x.safetensors", b""),
+        ),
+        Case(
+            "text",
+            TRAIN + " --pretrained {tmp}/x.pt",
+            ("x.pt", "not a plain file of weights", "nothing in it was run"),
+            put("x.pt", "weights"),
+        ),
+        Case(
+            "a pickle with code in it",
+            TRAIN + " --pretrained {tmp}/evil.pt",
+            ("evil.pt", "not a plain file of weights", "nothing in it was run"),
+            evil,
+        ),
+        Case(
+            "a bare pickle with code in it",
+            TRAIN + " --pretrained {tmp}/evil.pth",
+            ("evil.pth", "not a plain file of weights", "nothing in it was run"),
+            evil_pickle,
+        ),
+        Case(
+            "a pickle by the name of safetensors",
+            TRAIN + " --pretrained {tmp}/evil.safetensors",
+            ("evil.safetensors", "not a whole safetensors file"),
+            evil_safetensors,
+        ),
+        Case(
+            "a TorchScript program",
+            TRAIN + " --pretrained {tmp}/clip.pt",
+            ("clip.pt", "cpcl convert", "use what it writes"),
+            torchscript,
+        ),
+        Case(
+            "of another width",
+            TRAIN + " --pretrained {tmp}/other.pt",
+            ("other.pt", "does not fit tiny", "another shape"),
+            other_width,
+        ),
+        Case(
+            "of a grid that is no square",
+            TRAIN + " --pretrained {tmp}/grid.pt",
+            ("grid.pt", "19"),
+            other_grid,
+        ),
+        Case(
+            "a list of tensors", TRAIN + " --pretrained {tmp}/list.pt", ("list.pt", "no state dict"), a_list
+        ),
         Case("neither file nor tag", TRAIN + " --pretrained opnai", ("no file and no tag 'opnai'", "tags")),
         Case("a folder", TRAIN + " --pretrained {set}", ("no file and no tag", "tags")),
-        Case("scored: cut in the middle", "eval {tmp}/run --root {set}", ("last.safetensors", "not a whole safetensors file"), half_weights),
-        Case("scored: a pickle with code in it", "eval {tmp}/run --root {set}", ("last.safetensors", "not a whole safetensors file"), lambda tmp: (evil_pickle(tmp), (tmp/"evil.pth").replace(tmp/"run"/"last.safetensors"))),
-        Case("exported: cut in the middle", "export {tmp}/run --out {tmp}/out", ("last.safetensors", "not a whole safetensors file"), half_weights),
-        Case("converted: text", "convert {tmp}/x.pt", ("x.pt", "no TorchScript", "nothing in it was run"), put("x.pt", "weights")),
-        Case("converted: a pickle with code in it", "convert {tmp}/evil.pt", ("evil.pt", "no TorchScript", "nothing in it was run"), evil),
+        Case(
+            "scored: cut in the middle",
+            "eval {tmp}/run --root {set}",
+            ("last.safetensors", "not a whole safetensors file"),
+            half_weights,
+        ),
+        Case(
+            "scored: a pickle with code in it",
+            "eval {tmp}/run --root {set}",
+            ("last.safetensors", "not a whole safetensors file"),
+            lambda tmp: (evil_pickle(tmp), (tmp / "evil.pth").replace(tmp / "run" / "last.safetensors")),
+        ),
+        Case(
+            "exported: cut in the middle",
+            "export {tmp}/run --out {tmp}/out",
+            ("last.safetensors", "not a whole safetensors file"),
+            half_weights,
+        ),
+        Case(
+            "converted: text",
+            "convert {tmp}/x.pt",
+            ("x.pt", "no TorchScript", "nothing in it was run"),
+            put("x.pt", "weights"),
+        ),
+        Case(
+            "converted: a pickle with code in it",
+            "convert {tmp}/evil.pt",
+            ("evil.pt", "no TorchScript", "nothing in it was run"),
+            evil,
+        ),
         Case("converted: not there", "convert {tmp}/nowhere.pt", ("no such file", "nowhere.pt")),
     ],
     "runs": [
-        Case("of another version", "eval {tmp}/run --root {set}", ("config.json", "no setting 'warp'", "another version"), at("run/config.json", as_json(lambda c: c | {"config": c["config"] | {"warp": 9}}))),
-        Case("a configuration cut off", "eval {tmp}/run --root {set}", ("run/config.json",), at("run/config.json", cut(40))),
-        Case("a configuration of another kind", "eval {tmp}/run --root {set}", ("run/config.json",), at("run/config.json", text("[1, 2]"))),
-        Case("a configuration of wrong types", "eval {tmp}/run --root {set}", ("run/config.json",), at("run/config.json", as_json(lambda c: c | {"config": c["config"] | {"optim": 3}}))),
-        Case("no configuration", "eval {tmp}/run --root {set}", ("no config.json", "run"), at("run/config.json", gone)),
+        Case(
+            "of another version",
+            "eval {tmp}/run --root {set}",
+            ("config.json", "no setting 'warp'", "another version"),
+            at("run/config.json", as_json(lambda c: c | {"config": c["config"] | {"warp": 9}})),
+        ),
+        Case(
+            "a configuration cut off",
+            "eval {tmp}/run --root {set}",
+            ("run/config.json",),
+            at("run/config.json", cut(40)),
+        ),
+        Case(
+            "a configuration of another kind",
+            "eval {tmp}/run --root {set}",
+            ("run/config.json",),
+            at("run/config.json", text("[1, 2]")),
+        ),
+        Case(
+            "a configuration of wrong types",
+            "eval {tmp}/run --root {set}",
+            ("run/config.json",),
+            at("run/config.json", as_json(lambda c: c | {"config": c["config"] | {"optim": 3}})),
+        ),
+        Case(
+            "no configuration",
+            "eval {tmp}/run --root {set}",
+            ("no config.json", "run"),
+            at("run/config.json", gone),
+        ),
         Case("a file", "eval {set}/reid_raw.json --root {set}", ("reid_raw.json", "it is no run")),
         Case("not there", "eval {tmp}/nowhere --root {set}", ("nowhere", "it is no run")),
-        Case("no finished epoch", "eval {tmp}/run --root {set}", ("no last.safetensors", "not finished an epoch"), at("run/last.safetensors", gone)),
-        Case("scored on a split that is not there", "eval {run} --root {set} --split val", ("has no val split", "only"), ann(lambda r: [x for x in r if x["split"] != "val"], True)),
-        Case("exported: a result cut off", "export {tmp}/run --out {tmp}/out", ("result.json", "damaged"), at("run/result.json", cut(20))),
+        Case(
+            "no finished epoch",
+            "eval {tmp}/run --root {set}",
+            ("no last.safetensors", "not finished an epoch"),
+            at("run/last.safetensors", gone),
+        ),
+        Case(
+            "scored on a split that is not there",
+            "eval {run} --root {set} --split val",
+            ("has no val split", "only"),
+            ann(lambda r: [x for x in r if x["split"] != "val"], True),
+        ),
+        Case(
+            "exported: a result cut off",
+            "export {tmp}/run --out {tmp}/out",
+            ("result.json", "damaged"),
+            at("run/result.json", cut(20)),
+        ),
         Case("exported: not there", "export {tmp}/nowhere --out {tmp}/out", ("nowhere", "it is no run")),
-        Case("exported: below a file", "export {run} --out {tmp}/file/out", ("file", "Not a directory", "name another place"), put("file", "x")),
-        Case("begun where one is", TRAIN.replace("{tmp}/out", "{tmp}/run"), ("holds a run already", "--resume", "--out")),
-        Case("begun in a full folder", TRAIN.replace("{tmp}/out", "{tmp}/full"), ("not empty and no run", "--out"), put("full/thesis.tex", "five years")),
-        Case("begun at a file", TRAIN.replace("{tmp}/out", "{tmp}/file"), ("file", "--out"), put("file", "x")),
-        Case("begun below a file", TRAIN.replace("{tmp}/out", "{tmp}/file/out"), ("file", "place"), put("file", "x")),
-        Case("begun where nobody may write", TRAIN.replace("{tmp}/out", LOCKED), (LOCKED.replace("{tmp}", ""), "place"), locked),
-        Case("gone on with other settings", TRAIN.replace("{tmp}/out", "{tmp}/run") + " memory.mu=.5 --resume", ("other settings", "memory.mu was 0.1, now 0.5")),
-        Case("gone on from another version's", TRAIN.replace("{tmp}/out", "{tmp}/run") + " --resume", ("config.json", "no setting 'warp'", "another version"), at("run/config.json", as_json(lambda c: c | {"config": c["config"] | {"warp": 9}}))),
+        Case(
+            "exported: below a file",
+            "export {run} --out {tmp}/file/out",
+            ("file", "Not a directory", "name another place"),
+            put("file", "x"),
+        ),
+        Case(
+            "begun where one is",
+            TRAIN.replace("{tmp}/out", "{tmp}/run"),
+            ("holds a run already", "--resume", "--out"),
+        ),
+        Case(
+            "begun in a full folder",
+            TRAIN.replace("{tmp}/out", "{tmp}/full"),
+            ("not empty and no run", "--out"),
+            put("full/thesis.tex", "five years"),
+        ),
+        Case(
+            "begun at a file", TRAIN.replace("{tmp}/out", "{tmp}/file"), ("file", "--out"), put("file", "x")
+        ),
+        Case(
+            "begun below a file",
+            TRAIN.replace("{tmp}/out", "{tmp}/file/out"),
+            ("file", "place"),
+            put("file", "x"),
+        ),
+        Case(
+            "begun where nobody may write",
+            TRAIN.replace("{tmp}/out", LOCKED),
+            (LOCKED.replace("{tmp}", ""), "place"),
+            locked,
+        ),
+        Case(
+            "gone on with other settings",
+            TRAIN.replace("{tmp}/out", "{tmp}/run") + " memory.mu=.5 --resume",
+            ("other settings", "memory.mu was 0.1, now 0.5"),
+        ),
+        Case(
+            "gone on from another version's",
+            TRAIN.replace("{tmp}/out", "{tmp}/run") + " --resume",
+            ("config.json", "no setting 'warp'", "another version"),
+            at("run/config.json", as_json(lambda c: c | {"config": c["config"] | {"warp": 9}})),
+        ),
     ],
     "indexes": [
-        Case("an empty folder", "search {tmp}/none woman", ("holds no index", "cpcl index"), lambda tmp: (tmp/"none").mkdir()),
+        Case(
+            "an empty folder",
+            "search {tmp}/none woman",
+            ("holds no index", "cpcl index"),
+            lambda tmp: (tmp / "none").mkdir(),
+        ),
         Case("a file", "search {tmp}/file woman", ("file", "holds no index", "cpcl index"), put("file", "x")),
-        Case("a manifest cut off", SEARCH, ("manifest.json", "damaged", "build the index again"), at("index/manifest.json", cut(30))),
-        Case("a manifest that is a list", SEARCH, ("manifest.json", "damaged", "build the index again"), at("index/manifest.json", text("[]"))),
-        Case("a manifest that is not text", SEARCH, ("manifest.json", "damaged", "build the index again"), at("index/manifest.json", lambda p: p.write_bytes(b"\xff\xfe\0"))),
-        Case("a manifest without its files", SEARCH, ("manifest.json", "damaged (files)", "build the index again"), at("index/manifest.json", as_json(lambda m: {k: v for k, v in m.items() if k != "files"}))),
-        Case("a manifest that names files elsewhere", SEARCH, ("manifest.json", "damaged", "build the index again"), at("index/manifest.json", as_json(lambda m: m | {"files": {"vectors": {"file": "../../x", "sha256": ""}, "rows": {"file": "/etc/passwd", "sha256": ""}}}))),
-        Case("of another version", SEARCH, ("format 99", "build it again"), at("index/manifest.json", as_json(lambda m: m | {"format": 99}))),
-        Case("vectors cut off", SEARCH, ("vectors-", "missing or damaged", "build the index again"), at("index", lambda p: cut(99)(next(p.glob("vectors-*"))))),
-        Case("rows gone", SEARCH, ("rows-", "missing or damaged", "build the index again"), at("index", lambda p: next(p.glob("rows-*")).unlink())),
+        Case(
+            "a manifest cut off",
+            SEARCH,
+            ("manifest.json", "damaged", "build the index again"),
+            at("index/manifest.json", cut(30)),
+        ),
+        Case(
+            "a manifest that is a list",
+            SEARCH,
+            ("manifest.json", "damaged", "build the index again"),
+            at("index/manifest.json", text("[]")),
+        ),
+        Case(
+            "a manifest that is not text",
+            SEARCH,
+            ("manifest.json", "damaged", "build the index again"),
+            at("index/manifest.json", lambda p: p.write_bytes(b"\xff\xfe\0")),
+        ),
+        Case(
+            "a manifest without its files",
+            SEARCH,
+            ("manifest.json", "damaged (files)", "build the index again"),
+            at("index/manifest.json", as_json(lambda m: {k: v for k, v in m.items() if k != "files"})),
+        ),
+        Case(
+            "a manifest that names files elsewhere",
+            SEARCH,
+            ("manifest.json", "damaged", "build the index again"),
+            at(
+                "index/manifest.json",
+                as_json(
+                    lambda m: (
+                        m
+                        | {
+                            "files": {
+                                "vectors": {"file": "../../x", "sha256": ""},
+                                "rows": {"file": "/etc/passwd", "sha256": ""},
+                            }
+                        }
+                    )
+                ),
+            ),
+        ),
+        Case(
+            "of another version",
+            SEARCH,
+            ("format 99", "build it again"),
+            at("index/manifest.json", as_json(lambda m: m | {"format": 99})),
+        ),
+        Case(
+            "vectors cut off",
+            SEARCH,
+            ("vectors-", "missing or damaged", "build the index again"),
+            at("index", lambda p: cut(99)(next(p.glob("vectors-*")))),
+        ),
+        Case(
+            "rows gone",
+            SEARCH,
+            ("rows-", "missing or damaged", "build the index again"),
+            at("index", lambda p: next(p.glob("rows-*")).unlink()),
+        ),
         Case("its run moved", "search {index} woman --run {tmp}/nowhere", ("nowhere", "no run", "--run")),
-        Case("its run trained anew", "search {index} woman --run {tmp}/run", ("other weights", "build the index again"), at("run/last.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-4] + b"\0\0\0\1"))),
+        Case(
+            "its run trained anew",
+            "search {index} woman --run {tmp}/run",
+            ("other weights", "build the index again"),
+            at("run/last.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-4] + b"\0\0\0\1")),
+        ),
         Case("nothing asked", "search {index}", ("nothing to search for", "a sentence")),
         Case("a blank asked", "search {index} ~", ("must be a sentence", "empty")),
         Case("too much asked", "search {index} " + "x" * 3000, ("2000 characters", "3000")),
         Case("no place in the list", "search {index} woman -k 0", ("k must be", "1 or more")),
         Case("a filter of no column", "search {index} woman --where hour=3", ("no column 'hour'", "none")),
         Case("a filter without a value", "search {index} woman --where hour", ("column=value", "'hour'")),
-        Case("made of a folder that is not there", "index {tmp}/nowhere --run {run} --out {tmp}/out", ("nowhere", "not a folder")),
-        Case("made of a folder without images", "index {tmp}/bare --run {run} --out {tmp}/out", ("bare", "no image", ".jpg"), put("bare/a.txt", "x")),
-        Case("made with no run", "index {set}/imgs --run {tmp}/nowhere --out {tmp}/out", ("nowhere", "it is no run")),
-        Case("made with a table that is not there", INDEX + " --columns {tmp}/nowhere.csv", ("cannot read the table", "nowhere.csv")),
-        Case("made with a table of no paths", INDEX + " --columns {tmp}/t.csv", ("t.csv", "column `path`", "camera"), put("t.csv", "file,camera\na.jpg,1\n")),
-        Case("made with a table of bytes", INDEX + " --columns {tmp}/t.csv", ("cannot read the table", "t.csv"), put("t.csv", b"path,camera\n\xff\xfe\0,\x81\n")),
-        Case("made with a table of too many cells", INDEX + " --columns {tmp}/t.csv", ("cannot read the table", "t.csv", "CSV"), put("t.csv", "path,camera\ncam_0/a.jpg,1,2\n")),
-        Case("made with a table of other images", INDEX + " --columns {tmp}/t.csv", ("names none of the images", "relative to"), put("t.csv", "path,camera\nelsewhere.jpg,1\n")),
+        Case(
+            "made of a folder that is not there",
+            "index {tmp}/nowhere --run {run} --out {tmp}/out",
+            ("nowhere", "not a folder"),
+        ),
+        Case(
+            "made of a folder without images",
+            "index {tmp}/bare --run {run} --out {tmp}/out",
+            ("bare", "no image", ".jpg"),
+            put("bare/a.txt", "x"),
+        ),
+        Case(
+            "made with no run",
+            "index {set}/imgs --run {tmp}/nowhere --out {tmp}/out",
+            ("nowhere", "it is no run"),
+        ),
+        Case(
+            "made with a table that is not there",
+            INDEX + " --columns {tmp}/nowhere.csv",
+            ("cannot read the table", "nowhere.csv"),
+        ),
+        Case(
+            "made with a table of no paths",
+            INDEX + " --columns {tmp}/t.csv",
+            ("t.csv", "column `path`", "camera"),
+            put("t.csv", "file,camera\na.jpg,1\n"),
+        ),
+        Case(
+            "made with a table of bytes",
+            INDEX + " --columns {tmp}/t.csv",
+            ("cannot read the table", "t.csv"),
+            put("t.csv", b"path,camera\n\xff\xfe\0,\x81\n"),
+        ),
+        Case(
+            "made with a table of too many cells",
+            INDEX + " --columns {tmp}/t.csv",
+            ("cannot read the table", "t.csv", "CSV"),
+            put("t.csv", "path,camera\ncam_0/a.jpg,1,2\n"),
+        ),
+        Case(
+            "made with a table of other images",
+            INDEX + " --columns {tmp}/t.csv",
+            ("names none of the images", "relative to"),
+            put("t.csv", "path,camera\nelsewhere.jpg,1\n"),
+        ),
         Case("made on a store of no kind", INDEX + " --store redis:x", ("milvus:URI", "'redis:x'")),
         Case("made with no thread", INDEX + " --workers 0", ("workers must be 1 or more", "0")),
         Case("shown on no port", "app {index} --port 70000", ("--port", "0..65535", "70000")),
-        Case("made below a file", "index {tmp}/crops --run {run} --out {tmp}/file/out", ("file", "place"), lambda tmp: (put("file", "x")(tmp), (tmp/"crops").mkdir(), Image.new("RGB", (24, 48)).save(tmp/"crops"/"a.jpg"))),
+        Case(
+            "made below a file",
+            "index {tmp}/crops --run {run} --out {tmp}/file/out",
+            ("file", "place"),
+            lambda tmp: (
+                put("file", "x")(tmp),
+                (tmp / "crops").mkdir(),
+                Image.new("RGB", (24, 48)).save(tmp / "crops" / "a.jpg"),
+            ),
+        ),
     ],
 }
-CASES = [pytest.param(group, case, id=f"{group}: {case.name}") for group, cases in BAD.items() for case in cases]
+CASES = [
+    pytest.param(group, case, id=f"{group}: {case.name}") for group, cases in BAD.items() for case in cases
+]
 
 
 @pytest.mark.parametrize("group, case", CASES)
 def test_bad_input_is_one_line(group, case, things, tmp_path, monkeypatch, quiet, promise):
     promise(f"bad input: {group}")
     monkeypatch.chdir(tmp_path)
-    words = prepare(case, things, tmp_path); before = state(tmp_path)
+    words = prepare(case, things, tmp_path)
+    before = state(tmp_path)
     code, out, err = cpcl(*words)
     assert code == 2, (code, out, err)
     assert err.startswith("cpcl: ") and err.count("\n") == 1 and err.endswith("\n") and len(err) < 2100, err
     assert "Traceback" not in err + out
-    for part in case.says: assert part in err, f"{part!r} not in {err}"
+    for part in case.says:
+        assert part in err, f"{part!r} not in {err}"
     assert state(tmp_path) == before, "something was written"
 
 
@@ -378,36 +1047,74 @@ def test_bad_input_is_one_line(group, case, things, tmp_path, monkeypatch, quiet
 def test_the_doctor_reports_it(group, case, things, tmp_path, promise):
     "What stops a training is found before it, in a report: exit 1, no traceback, nothing on stderr."
     promise("bad input: the doctor")
-    prepare(case, things, tmp_path); before = state(tmp_path)
-    code, out, err = cpcl("doctor", str(tmp_path/"set"))
+    prepare(case, things, tmp_path)
+    before = state(tmp_path)
+    code, out, err = cpcl("doctor", str(tmp_path / "set"))
     assert err == "" and "Traceback" not in out and state(tmp_path) == before, err
-    if case.name == "no train split": assert code == 0 and "note: no train split" in out
-    else: assert code == 1 and "problem: " in out and all(part in out for part in case.says), out
+    if case.name == "no train split":
+        assert code == 0 and "note: no train split" in out
+    else:
+        assert code == 1 and "problem: " in out and all(part in out for part in case.says), out
 
 
 # --- what only looks bad: taken, and rightly
 
-PERSON = np.zeros((60, 24, 3), np.uint8); PERSON[:30] = (200, 30, 40); PERSON[30:] = (30, 50, 190); PERSON[28:32] = (20, 170, 60)
-UPRIGHT = Image.fromarray(PERSON) # red above, blue below, a green belt
+PERSON = np.zeros((60, 24, 3), np.uint8)
+PERSON[:30] = (200, 30, 40)
+PERSON[30:] = (30, 50, 190)
+PERSON[28:32] = (20, 170, 60)
+UPRIGHT = Image.fromarray(PERSON)  # red above, blue below, a green belt
 
 
 def turned(tag, how):
     "The person lying as a camera would store it, with the EXIF tag that says so."
-    def save(p): exif = Image.Exif(); exif[274] = tag; UPRIGHT.transpose(how).save(p, "JPEG", exif=exif, quality=95)
+
+    def save(p):
+        exif = Image.Exif()
+        exif[274] = tag
+        UPRIGHT.transpose(how).save(p, "JPEG", exif=exif, quality=95)
+
     return save
 
 
-def sixteen(p): Image.fromarray(PERSON.mean(2).astype(np.uint16) * 257).save(p)
+def sixteen(p):
+    Image.fromarray(PERSON.mean(2).astype(np.uint16) * 257).save(p)
+
+
 def alpha(p):
-    rgba = UPRIGHT.convert("RGBA"); rgba.putalpha(Image.fromarray(np.where(np.arange(60)[:, None] < 30, 255, 0).astype(np.uint8).repeat(24, 1))); rgba.save(p)
-def animated(p): UPRIGHT.quantize(16).save(p, save_all=True, append_images=[Image.new("RGB", UPRIGHT.size, "white").quantize(16)] * 3, duration=40)
-def moving(p): UPRIGHT.save(p, save_all=True, lossless=True, append_images=[Image.new("RGB", UPRIGHT.size, "white")] * 3, duration=40)
-def strange_exif(p): UPRIGHT.save(p, "JPEG", exif=b"Exif\0\0broken", quality=95)
+    rgba = UPRIGHT.convert("RGBA")
+    rgba.putalpha(
+        Image.fromarray(np.where(np.arange(60)[:, None] < 30, 255, 0).astype(np.uint8).repeat(24, 1))
+    )
+    rgba.save(p)
+
+
+def animated(p):
+    UPRIGHT.quantize(16).save(
+        p,
+        save_all=True,
+        append_images=[Image.new("RGB", UPRIGHT.size, "white").quantize(16)] * 3,
+        duration=40,
+    )
+
+
+def moving(p):
+    UPRIGHT.save(
+        p,
+        save_all=True,
+        lossless=True,
+        append_images=[Image.new("RGB", UPRIGHT.size, "white")] * 3,
+        duration=40,
+    )
+
+
+def strange_exif(p):
+    UPRIGHT.save(p, "JPEG", exif=b"Exif\0\0broken", quality=95)
 
 
 GREY = np.repeat(PERSON.mean(2).astype(np.uint8)[..., None], 3, 2)
 WHITE_BELOW = np.where(np.arange(60)[:, None, None] < 30, PERSON, 255).astype(np.uint8)
-PICTURES = { # name -> (file, how it is saved, what must be read of it)
+PICTURES = {  # name -> (file, how it is saved, what must be read of it)
     "plain": ("a.png", UPRIGHT.save, PERSON),
     "CMYK, as for print": ("a.jpg", lambda p: UPRIGHT.convert("CMYK").save(p, quality=95), PERSON),
     "CMYK in a TIFF": ("a.tif", lambda p: UPRIGHT.convert("CMYK").save(p), PERSON),
@@ -423,8 +1130,16 @@ PICTURES = { # name -> (file, how it is saved, what must be read of it)
     "stored as in a mirror": ("a.jpg", turned(2, Image.Transpose.FLIP_LEFT_RIGHT), PERSON),
     "a damaged EXIF block": ("a.jpg", strange_exif, PERSON),
     "a PNG by the name of a JPEG": ("a.jpg", lambda p: UPRIGHT.save(p, "PNG"), PERSON),
-    "one pixel": ("a.png", lambda p: Image.new("RGB", (1, 1), (9, 8, 7)).save(p), np.full((1, 1, 3), (9, 8, 7))),
-    "30,000 pixels wide, one high": ("a.png", lambda p: Image.new("RGB", (30_000, 1), (9, 8, 7)).save(p), np.full((1, 30_000, 3), (9, 8, 7))),
+    "one pixel": (
+        "a.png",
+        lambda p: Image.new("RGB", (1, 1), (9, 8, 7)).save(p),
+        np.full((1, 1, 3), (9, 8, 7)),
+    ),
+    "30,000 pixels wide, one high": (
+        "a.png",
+        lambda p: Image.new("RGB", (30_000, 1), (9, 8, 7)).save(p),
+        np.full((1, 30_000, 3), (9, 8, 7)),
+    ),
     "a name in three scripts": ("写真 фото 🙂.png", UPRIGHT.save, PERSON),
 }
 CAPTIONS = {
@@ -442,64 +1157,104 @@ CAPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def encoder(): torch.manual_seed(0); return load_encoder(EncoderConfig("tiny", "", 48, 24))
+def encoder():
+    torch.manual_seed(0)
+    return load_encoder(EncoderConfig("tiny", "", 48, 24))
 
 
-def unit_rows(x): return np.isfinite(x).all() and np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-4)
+def unit_rows(x):
+    return np.isfinite(x).all() and np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_strange_images_are_read_rightly(name, tmp_path, encoder, promise):
     promise("strange but right: images")
-    file, save, want = PICTURES[name]; save(tmp_path/file)
-    (tmp_path/"captions.jsonl").write_text(json.dumps({"image": file, "caption": "a woman"}), encoding="utf8")
-    split = load_split(tmp_path); got = read_image(split.path(0))
+    file, save, want = PICTURES[name]
+    save(tmp_path / file)
+    (tmp_path / "captions.jsonl").write_text(
+        json.dumps({"image": file, "caption": "a woman"}), encoding="utf8"
+    )
+    split = load_split(tmp_path)
+    got = read_image(split.path(0))
     assert (got.mode, got.size) == ("RGB", want.shape[1::-1])
-    for part in (slice(None, len(want) * 2 // 5 or 1), slice(len(want) * 3 // 5, None)): # above and below the belt
+    for part in (
+        slice(None, len(want) * 2 // 5 or 1),
+        slice(len(want) * 3 // 5, None),
+    ):  # above and below the belt
         assert np.abs(np.asarray(got, float)[part].mean((0, 1)) - want[part].mean((0, 1))).max() < 6
-    x = encoder.embed_images([split.path(0)]); assert x.shape == (1, encoder.width) and unit_rows(x)
-    if want is PERSON: assert float((x @ encoder.embed_images([UPRIGHT]).T)[0, 0]) > .98 # the same person to the encoder
+    x = encoder.embed_images([split.path(0)])
+    assert x.shape == (1, encoder.width) and unit_rows(x)
+    if want is PERSON:
+        assert float((x @ encoder.embed_images([UPRIGHT]).T)[0, 0]) > 0.98  # the same person to the encoder
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_strange_captions_are_read_rightly(name, tmp_path, encoder, promise):
     promise("strange but right: captions")
-    UPRIGHT.save(tmp_path/"a.png")
-    (tmp_path/"captions.jsonl").write_text(json.dumps({"image": "a.png", "caption": CAPTIONS[name]}), encoding="utf8")
-    split = load_split(tmp_path); assert split.captions == (CAPTIONS[name],)
-    tokens = tokenize(split.captions); used = int(token_lengths(tokens)[0])
+    UPRIGHT.save(tmp_path / "a.png")
+    (tmp_path / "captions.jsonl").write_text(
+        json.dumps({"image": "a.png", "caption": CAPTIONS[name]}), encoding="utf8"
+    )
+    split = load_split(tmp_path)
+    assert split.captions == (CAPTIONS[name],)
+    tokens = tokenize(split.captions)
+    used = int(token_lengths(tokens)[0])
     assert tokens.shape == (1, 77) and 3 <= used <= 77 and tokens[0, used - 1] == END_OF_TEXT
-    if "million" in name: assert used == 77
-    else: assert not tokens[0, used:].any() or "<" in CAPTIONS[name]
+    if "million" in name:
+        assert used == 77
+    else:
+        assert not tokens[0, used:].any() or "<" in CAPTIONS[name]
     assert unit_rows(encoder.embed_texts(split.captions))
 
 
 def test_strange_input_from_end_to_end(tmp_path, monkeypatch, quiet, promise):
     "All of it in one data set: looked over, trained on, scored, indexed, searched."
     promise("strange but right: commands", cases=5)
-    monkeypatch.chdir(tmp_path); root = tmp_path/"set"; rows = []
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "set"
+    rows = []
     for i, (name, (file, save, _)) in enumerate(PICTURES.items()):
-        (root/f"{i}").mkdir(parents=True); save(root/f"{i}"/file)
-        for text in (list(CAPTIONS.values())[i % len(CAPTIONS)], f"a man in a {name}"): rows.append({"image": f"{i}/{file}", "caption": text, "more": {"deep": [[[{}]]]}})
-    (root/"captions.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode()) # a byte order mark, lines of Windows
+        (root / f"{i}").mkdir(parents=True)
+        save(root / f"{i}" / file)
+        for text in (list(CAPTIONS.values())[i % len(CAPTIONS)], f"a man in a {name}"):
+            rows.append({"image": f"{i}/{file}", "caption": text, "more": {"deep": [[[{}]]]}})
+    (root / "captions.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode()
+    )  # a byte order mark, lines of Windows
+
     def run(*words):
-        code, out, err = cpcl(*words); assert (code, err) == (0, ""), (code, out, err); return out
+        code, out, err = cpcl(*words)
+        assert (code, err) == (0, ""), (code, out, err)
+        return out
+
     assert "all well" in run("doctor", str(root))
-    told = run(*TRAIN.format(set=root, tmp=tmp_path).split(" ")); assert "run folder" in told
-    result = json.loads((tmp_path/"out"/"result.json").read_text()); assert result["last"]["queries"] == len(rows) and 0 <= result["last"]["R1"] <= 100
-    assert set(json.loads(run("eval", "out", "--root", str(root), "--split", "train", "--json"))) == {"text to image", "image to text"}
-    (root/"torn.jpg").write_bytes(b"\xff\xd8"); told = run("index", str(root), "--run", "out", "--out", "index")
+    told = run(*TRAIN.format(set=root, tmp=tmp_path).split(" "))
+    assert "run folder" in told
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["last"]["queries"] == len(rows) and 0 <= result["last"]["R1"] <= 100
+    assert set(json.loads(run("eval", "out", "--root", str(root), "--split", "train", "--json"))) == {
+        "text to image",
+        "image to text",
+    }
+    (root / "torn.jpg").write_bytes(b"\xff\xd8")
+    told = run("index", str(root), "--run", "out", "--out", "index")
     assert f"{len(PICTURES)} images indexed" in told and "1 unreadable" in told
-    found = json.loads(run("search", "index", CAPTIONS["emoji"], "-k", "99", "--json")); assert {r["path"] for r in found} == {r["image"] for r in rows}
+    found = json.loads(run("search", "index", CAPTIONS["emoji"], "-k", "99", "--json"))
+    assert {r["path"] for r in found} == {r["image"] for r in rows}
     assert all(np.isfinite(r["score"]) for r in found)
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(ValueError, match="nowhere"): main(["train", "--root", str(tmp_path/"nowhere"), "--debug"])
+    with pytest.raises(ValueError, match="nowhere"):
+        main(["train", "--root", str(tmp_path / "nowhere"), "--debug"])
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     "What nobody foresaw is not made into a line."
-    def broken(*args, **more): raise RuntimeError("a bug")
+
+    def broken(*args, **more):
+        raise RuntimeError("a bug")
+
     monkeypatch.setattr("cpcl.synth.dataset.write_synth", broken)
-    with pytest.raises(RuntimeError, match="a bug"): main(["synth", str(tmp_path/"s")])
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["synth", str(tmp_path / "s")])

@@ -1,4 +1,5 @@
 "The tutorial in a real JupyterLab: opened, run as a reader runs it, no cell ends in an error (chromium, Playwright); skipped by name where they are missing."
+
 import json, os, re, secrets, shutil, signal, subprocess, sys, time
 
 import pytest
@@ -17,47 +18,85 @@ def lab(tmp_path_factory):
     "(address of a JupyterLab over a copy of the tutorial, its folder)"
     folder, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
     shutil.copy(ROOT / "nbs" / "tutorials" / NOTEBOOK, folder)
-    env = {**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, "CPCL_FAST": "1", "JUPYTER_CONFIG_DIR": str(folder / ".config"), "JUPYTER_DATA_DIR": str(folder / ".data"), "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--port=0", "--allow-root", f"--ServerApp.root_dir={folder}", f"--IdentityProvider.token={token}", "--LabApp.news_url=None"]
-    with open(folder / "lab.log", "w") as log: server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
+    env = {
+        **{k: v for k, v in os.environ.items() if k != "IN_TEST"},
+        "CPCL_FAST": "1",
+        "JUPYTER_CONFIG_DIR": str(folder / ".config"),
+        "JUPYTER_DATA_DIR": str(folder / ".data"),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--port=0",
+        "--allow-root",
+        f"--ServerApp.root_dir={folder}",
+        f"--IdentityProvider.token={token}",
+        "--LabApp.news_url=None",
+    ]
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         for _ in range(120):
-            found = re.search(r"http://(?:localhost|127\.0\.0\.1):(\d+)/lab", (folder / "lab.log").read_text())
-            if found or server.poll() is not None: break
-            time.sleep(.5)
+            found = re.search(
+                r"http://(?:localhost|127\.0\.0\.1):(\d+)/lab", (folder / "lab.log").read_text()
+            )
+            if found or server.poll() is not None:
+                break
+            time.sleep(0.5)
         assert found, (folder / "lab.log").read_text()[-2000:]
         yield f"http://localhost:{found[1]}", token, folder
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        try: server.wait(20)
-        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def code_cells(folder):
     "The code cells of the saved notebook that are not empty."
-    return [c for c in json.loads((folder / NOTEBOOK).read_text())["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+    return [
+        c
+        for c in json.loads((folder / NOTEBOOK).read_text())["cells"]
+        if c["cell_type"] == "code" and "".join(c["source"]).strip()
+    ]
 
 
 def test_five_minutes_runs_in_jupyterlab(lab):
     from playwright.sync_api import sync_playwright
+
     address, token, folder = lab
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(); page.set_default_timeout(60_000)
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
         page.goto(f"{address}/lab/tree/{NOTEBOOK}?token={token}&reset")
         page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-        page.get_by_text(re.compile(r"\| Idle")).first.wait_for() # the kernel is up
+        page.get_by_text(re.compile(r"\| Idle")).first.wait_for()  # the kernel is up
         page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
         page.get_by_text("Run All Cells", exact=True).click()
         page.get_by_text(re.compile(r"\| Busy")).first.wait_for()
         asked = time.time()
         while time.time() - asked < 900:
-            page.wait_for_timeout(2000); page.keyboard.press("Control+s"); page.wait_for_timeout(500)
+            page.wait_for_timeout(2000)
+            page.keyboard.press("Control+s")
+            page.wait_for_timeout(500)
             cells = code_cells(folder)
-            if all(c["execution_count"] for c in cells) or any(o["output_type"] == "error" for c in cells for o in c["outputs"]): break
-        page.keyboard.press("Control+s"); page.wait_for_timeout(1000)
+            if all(c["execution_count"] for c in cells) or any(
+                o["output_type"] == "error" for c in cells for o in c["outputs"]
+            ):
+                break
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(1000)
         browser.close()
     cells = code_cells(folder)
     errors = [o["evalue"] for c in cells for o in c["outputs"] if o["output_type"] == "error"]
     assert not errors, errors
-    assert len(cells) > 15 and all(c["execution_count"] for c in cells), f"{sum(not c['execution_count'] for c in cells)} of {len(cells)} cells did not run"
+    assert len(cells) > 15 and all(c["execution_count"] for c in cells), (
+        f"{sum(not c['execution_count'] for c in cells)} of {len(cells)} cells did not run"
+    )

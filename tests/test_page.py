@@ -1,4 +1,5 @@
 "The search page in a real browser (Debian's chromium, Playwright); skipped by name where there is none."
+
 import shutil
 
 import pandas as pd
@@ -16,107 +17,180 @@ pytest.importorskip("playwright.sync_api", reason="driving the page needs playwr
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
 HOSTILE = "cam_0/<img src=x onerror=document.title='pwned'>.jpg"
 
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     "(index, address, folder) of a page over the sample set's test people and one hostile file name."
     from cpcl.search.page import serve
     from cpcl.search.index import Index
-    tmp = tmp_path_factory.mktemp("page"); split = load_split(sample_set(), split="test"); crops = tmp/"crops"
+
+    tmp = tmp_path_factory.mktemp("page")
+    split = load_split(sample_set(), split="test")
+    crops = tmp / "crops"
     for row in range(len(split.images)):
-        out = crops/split.images[row].removeprefix("imgs/"); out.parent.mkdir(parents=True, exist_ok=True); shutil.copy(split.path(row), out)
-    (crops/HOSTILE).parent.mkdir(exist_ok=True); shutil.copy(split.path(0), crops/HOSTILE)
-    run = tmp/"run"; start_run(run, make_config("clip"), {}); save_encoder(load_encoder(EncoderConfig()), run/"last.safetensors")
+        out = crops / split.images[row].removeprefix("imgs/")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(split.path(row), out)
+    (crops / HOSTILE).parent.mkdir(exist_ok=True)
+    shutil.copy(split.path(0), crops / HOSTILE)
+    run = tmp / "run"
+    start_run(run, make_config("clip"), {})
+    save_encoder(load_encoder(EncoderConfig()), run / "last.safetensors")
     paths = [p.relative_to(crops).as_posix() for p in crops.rglob("*.jpg")]
-    index = Index.build(crops, run, tmp/"idx", pd.DataFrame({"path": paths, "camera": [p[4] for p in paths]}), say=lambda line: None)
+    index = Index.build(
+        crops,
+        run,
+        tmp / "idx",
+        pd.DataFrame({"path": paths, "camera": [p[4] for p in paths]}),
+        say=lambda line: None,
+    )
     blocks, address = serve(index, port=0, block=False)
     yield index, address, split
     blocks.close()
 
+
 @pytest.fixture(scope="module")
 def browser():
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
 
+
 @pytest.fixture
 def tab(browser, served):
     "A fresh page, opened and ready."
-    page = browser.new_page(); page.set_default_timeout(20_000)
-    page.goto(served[1]); page.locator("#sentence textarea, #sentence input").first.wait_for()
+    page = browser.new_page()
+    page.set_default_timeout(20_000)
+    page.goto(served[1])
+    page.locator("#sentence textarea, #sentence input").first.wait_for()
     yield page
     page.close()
+
 
 def ask(tab, text):
     "Type a sentence, press Enter, wait for the answer."
     box = tab.locator("#sentence textarea, #sentence input").first
-    box.fill(text); box.press("Enter"); settle(tab)
+    box.fill(text)
+    box.press("Enter")
+    settle(tab)
+
 
 def settle(tab):
     "Wait until the line under the controls is that of an answer."
-    tab.wait_for_function("() => /images, best first|Nothing passes|a query|nothing to search|cannot be read|mark at least/.test(document.querySelector('#line').innerText)")
+    tab.wait_for_function(
+        "() => /images, best first|Nothing passes|a query|nothing to search|cannot be read|mark at least/.test(document.querySelector('#line').innerText)"
+    )
     tab.wait_for_timeout(400)
+
 
 def shows(tab, n):
     "Wait until so many pictures are there; fails after the page's timeout."
     tab.wait_for_function("n => document.querySelectorAll('#found button img').length === n", arg=n)
-def link(tab): return tab.locator("#address textarea, #address input").first.input_value()
+
+
+def link(tab):
+    return tab.locator("#address textarea, #address input").first.input_value()
+
 
 def test_a_sentence_finds_its_person_in_the_first_row(tab, served):
-    index, _, split = served; person = load_person(split)
+    index, _, split = served
+    person = load_person(split)
     # the caption of the sample set that the index answers best, so that the test asks about the page and not about the encoder
     for caption, row in zip(split.captions, split.image_of):
         found = index.search(caption, 6)
-        if any(p in {split.images[i].removeprefix("imgs/") for i in range(len(person)) if person[i] == person[row]} for p in found.path): break
-    else: pytest.fail("no caption finds its person")
+        if any(
+            p
+            in {split.images[i].removeprefix("imgs/") for i in range(len(person)) if person[i] == person[row]}
+            for p in found.path
+        ):
+            break
+    else:
+        pytest.fail("no caption finds its person")
     ask(tab, caption)
-    shows(tab, 12); assert "12 images" in tab.locator("#line").inner_text()
+    shows(tab, 12)
+    assert "12 images" in tab.locator("#line").inner_text()
     assert f"1 · {found.score[0]:.2f}" in tab.locator("#found").inner_text()
+
 
 def test_filter_link_and_more_like_this(tab, browser, served):
     index, address, _ = served
     ask(tab, "a woman in a red coat")
-    tab.locator("#filter-0 input").first.click(); tab.get_by_role("option", name="3", exact=True).click(); tab.wait_for_function("() => document.querySelector('#address textarea, #address input').value.includes('f.camera=3')")
-    at = link(tab); expected = index.search("a woman in a red coat", 12, {"camera": "3"}); settle(tab)
+    tab.locator("#filter-0 input").first.click()
+    tab.get_by_role("option", name="3", exact=True).click()
+    tab.wait_for_function(
+        "() => document.querySelector('#address textarea, #address input').value.includes('f.camera=3')"
+    )
+    at = link(tab)
+    expected = index.search("a woman in a red coat", 12, {"camera": "3"})
+    settle(tab)
     shows(tab, len(expected))
-    again = browser.new_page(); again.set_default_timeout(20_000); again.goto(address.rstrip("/") + "/" + at); again.locator("#found img").first.wait_for(); settle(again)
-    shows(again, len(expected)); assert again.locator("#sentence textarea, #sentence input").first.input_value() == "a woman in a red coat"
+    again = browser.new_page()
+    again.set_default_timeout(20_000)
+    again.goto(address.rstrip("/") + "/" + at)
+    again.locator("#found img").first.wait_for()
+    settle(again)
+    shows(again, len(expected))
+    assert again.locator("#sentence textarea, #sentence input").first.input_value() == "a woman in a red coat"
     again.close()
-    tab.locator("#found button").nth(1).click(); tab.wait_for_function("() => document.querySelector('#found').innerText.includes('1 · 1.00')")
+    tab.locator("#found button").nth(1).click()
+    tab.wait_for_function("() => document.querySelector('#found').innerText.includes('1 · 1.00')")
+
 
 def test_marked_images_are_asked_with(tab):
     ask(tab, "a man with a backpack")
     before = tab.locator("#found").inner_text()
-    tab.locator("#marks input").nth(2).check(); tab.locator("#again").click()
+    tab.locator("#marks input").nth(2).check()
+    tab.locator("#again").click()
     tab.wait_for_function("before => document.querySelector('#found').innerText !== before", arg=before)
     shows(tab, 12)
 
+
 def test_empty_and_over_long_queries_are_answered(tab):
-    ask(tab, "   "); shows(tab, 0); assert "sentence" in tab.locator("#line").inner_text()
+    ask(tab, "   ")
+    shows(tab, 0)
+    assert "sentence" in tab.locator("#line").inner_text()
     box = tab.locator("#sentence textarea, #sentence input").first
-    box.fill("red " * 2000); assert len(box.input_value()) == 2000  # the box takes no more; what the server does with more is in search/04_page
-    ask(tab, "a hat"); shows(tab, 12)
+    box.fill("red " * 2000)
+    assert (
+        len(box.input_value()) == 2000
+    )  # the box takes no more; what the server does with more is in search/04_page
+    ask(tab, "a hat")
+    shows(tab, 12)
+
 
 def test_a_hostile_file_name_stays_text_and_no_other_file_is_served(tab, served):
     index, address, _ = served
-    ask(tab, "a person"); assert tab.title() == "Find a person by a sentence"
+    ask(tab, "a person")
+    assert tab.title() == "Find a person by a sentence"
     from cpcl.search.page import Page
+
     assert HOSTILE in Page(index).like(HOSTILE, 3, "any")[1]
     for path in ("/etc/passwd", str(index.manifest["run"]) + "/config.json", str(index.manifest["folder"])):
         for route in ("gradio_api/file=", "file="):
             assert tab.request.get(f"{address.rstrip('/')}/{route}{path}").status in (403, 404), (route, path)
     assert str(index.manifest["folder"]) not in tab.content()
 
+
 def test_a_phone_shows_it_all(browser, served, tmp_path):
-    page = browser.new_page(viewport={"width": 400, "height": 800}); page.set_default_timeout(20_000); page.goto(served[1]); page.locator("#sentence textarea, #sentence input").first.wait_for()
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    page.set_default_timeout(20_000)
+    page.goto(served[1])
+    page.locator("#sentence textarea, #sentence input").first.wait_for()
     ask(page, "a woman in a red coat")
-    page.screenshot(path=str(tmp_path/"phone.png"), full_page=True); assert (tmp_path/"phone.png").stat().st_size > 10_000
+    page.screenshot(path=str(tmp_path / "phone.png"), full_page=True)
+    assert (tmp_path / "phone.png").stat().st_size > 10_000
     assert page.evaluate("document.documentElement.scrollWidth") <= 410
     page.close()
+
 
 def test_others_need_a_password(served, monkeypatch):
     from cpcl.core import UserError
     from cpcl.search.page import serve
-    monkeypatch.setenv("CPCL_PASSWORD", "short"); monkeypatch.setattr("sys.stdin", None)
-    with pytest.raises(UserError, match="8 characters"): serve(served[0], host="0.0.0.0", block=False)
+
+    monkeypatch.setenv("CPCL_PASSWORD", "short")
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="8 characters"):
+        serve(served[0], host="0.0.0.0", block=False)

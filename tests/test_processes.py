@@ -1,4 +1,5 @@
 "A training shared among processes makes the run of one: labels, memories, losses; and a process that dies ends it."
+
 import json, os, subprocess, sys, time
 
 import numpy as np
@@ -9,7 +10,22 @@ from cpcl.train.checkpoint import read_history
 from cpcl.synth.dataset import write_synth
 
 # fp64: in double precision two orders of addition differ in the sixteenth digit, and two epochs later still not in the ninth.
-SETTINGS = ["--pretrained", "none", "--height", "48", "--width", "24", "--epochs", "2", "--batch-size", "15", "--set", "labels.image.k1=6", "labels.caption.k1=6", "optim.precision=fp64"]
+SETTINGS = [
+    "--pretrained",
+    "none",
+    "--height",
+    "48",
+    "--width",
+    "24",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "15",
+    "--set",
+    "labels.image.k1=6",
+    "labels.caption.k1=6",
+    "optim.precision=fp64",
+]
 # What a process does: `cpcl train`, noting what it saw of every epoch: labels, prototypes as they were left, which rows it encoded, who wrote what.
 NOTED = """
 import json, os, sys, torch, cpcl.train.checkpoint, cpcl.core, cpcl.train.processes, cpcl.train.epoch, cpcl.eval.scores, cpcl.train.labels, cpcl.train.loop
@@ -58,70 +74,108 @@ notebook_launcher(training, (WORDS,), num_processes=2, use_port="PORT")
 def root(tmp_path_factory):
     "A set whose sizes nothing divides: 15 pairs a batch leave a last one, and no two or three processes share its images or captions evenly."
     from cpcl.data.read import load_split
+
     root = write_synth(tmp_path_factory.mktemp("several") / "set", people=16, seed=12, splits=(11, 2, 3))
     raw = json.loads((root / "reid_raw.json").read_text())
     train = [r for r in raw if r["split"] == "train"]
-    while len(train) % 2 == 0 or len(train) % 3 == 0: raw.remove(train.pop())
+    while len(train) % 2 == 0 or len(train) % 3 == 0:
+        raw.remove(train.pop())
     train[-1]["captions"] = train[-1]["captions"][:1]
     captions = sum(len(r["captions"]) for r in train)
     for r in train[:-1]:
-        if captions % 2 and captions % 3 and captions % 15: break
-        if len(r["captions"]) > 1: r["captions"].pop(); captions -= 1
+        if captions % 2 and captions % 3 and captions % 15:
+            break
+        if len(r["captions"]) > 1:
+            r["captions"].pop()
+            captions -= 1
     (root / "reid_raw.json").write_text(json.dumps(raw))
     split = load_split(root)
-    assert all(n % w for n in (len(split.images), len(split.captions)) for w in (2, 3)) and len(split.captions) % 15
+    assert (
+        all(n % w for n in (len(split.images), len(split.captions)) for w in (2, 3))
+        and len(split.captions) % 15
+    )
     return root
 
 
-def environment(**more): return os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", **more)
+def environment(**more):
+    return os.environ | dict(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", **more)
 
 
 def free_port():
     import socket
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return str(s.getsockname()[1])
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
 
 
 def launch(script, world, words, seconds=240, **more):
     "The script in `world` processes, by torchrun unless it is one."
-    by = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", free_port()] if world > 1 else []
-    return subprocess.run([sys.executable, *by, str(script)], env=environment(WORDS=json.dumps(words), **more), capture_output=True, text=True, timeout=seconds)
+    by = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", free_port()]
+        if world > 1
+        else []
+    )
+    return subprocess.run(
+        [sys.executable, *by, str(script)],
+        env=environment(WORDS=json.dumps(words), **more),
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
 
 
 @pytest.fixture(scope="module")
 def runs(root, tmp_path_factory):
     "The same training in 1 and 2 processes (3 where the test is slow): run folder, notes of every process."
-    base = tmp_path_factory.mktemp("runs"); script = base / "noted.py"; script.write_text(SCRIPT); made = {}
+    base = tmp_path_factory.mktemp("runs")
+    script = base / "noted.py"
+    script.write_text(SCRIPT)
+    made = {}
+
     def _run(world):
         if world not in made:
-            done = launch(script, world, ["train", "--root", str(root), "--out", str(base / f"{world}"), *SETTINGS], NOTES=str(base))
+            done = launch(
+                script,
+                world,
+                ["train", "--root", str(root), "--out", str(base / f"{world}"), *SETTINGS],
+                NOTES=str(base),
+            )
             assert done.returncode == 0, done.stderr
             made[world] = base / f"{world}", [torch.load(base / f"{world}-{r}.pt") for r in range(world)]
         return made[world]
+
     return _run
 
 
 def same_training(runs, world):
     (one, [alone]), (several, noted) = runs(1), runs(world)
     assert alone["world"] == 1 and [n["world"] for n in noted] == [world] * world
-    for n in noted:                                                  # labels, memories and losses, on every rank
+    for n in noted:  # labels, memories and losses, on every rank
         for a, b in zip(alone["notes"], n["notes"], strict=True):
             assert torch.equal(a["y_img"], b["y_img"]) and torch.equal(a["y_txt"], b["y_txt"])
             for m in ("img", "txt"):
                 assert a[m].dtype == torch.float64 and a[m].shape == b[m].shape and len(a[m]) > 1
                 assert (a[m] - b[m]).abs().max() < 1e-9
             assert set(a["row"]) == set(b["row"]) >= {"loss", "icpm", "pcm_v", "pcm_tv", "itc"}
-            for k in a["row"]: assert abs(a["row"][k] - b["row"][k]) < 1e-9 * max(1, abs(a["row"][k])), k
-    for rank in noted[1:]:                                            # memories are the same bits on all ranks
-        for a, b in zip(noted[0]["notes"], rank["notes"]): assert torch.equal(a["img"], b["img"]) and torch.equal(a["txt"], b["txt"])
-    for i, step in enumerate(alone["steps"]):                         # ICPM sees the gathered batch, with its gradient
+            for k in a["row"]:
+                assert abs(a["row"][k] - b["row"][k]) < 1e-9 * max(1, abs(a["row"][k])), k
+    for rank in noted[1:]:  # memories are the same bits on all ranks
+        for a, b in zip(noted[0]["notes"], rank["notes"]):
+            assert torch.equal(a["img"], b["img"]) and torch.equal(a["txt"], b["txt"])
+    for i, step in enumerate(alone["steps"]):  # ICPM sees the gathered batch, with its gradient
         mine = [n["steps"][i]["mine"] for n in noted]
         assert all(n["steps"][i]["all"] == step["all"] and n["steps"][i]["graph"] for n in noted)
         assert all(abs(n["steps"][i]["icpm"] - step["icpm"]) < 1e-9 for n in noted)
-        assert {len(m) for m in mine} == {-(-len(step["all"]) // world)} and set().union(*mine) == set(step["all"])
+        assert {len(m) for m in mine} == {-(-len(step["all"]) // world)} and set().union(*mine) == set(
+            step["all"]
+        )
     assert {len(s["all"]) for s in alone["steps"]} == {15, len(alone["notes"][0]["y_txt"]) % 15}
-    assert [n["calls"]["labels"] for n in noted] == [2] + [0] * (world - 1)      # clustering once
-    assert [n["calls"]["evaluated"] for n in noted] == [4] + [0] * (world - 1)   # two epochs' val, last and best on test
-    assert noted[0]["written"] and not any(n["written"] for n in noted[1:])      # rank 0 alone writes
+    assert [n["calls"]["labels"] for n in noted] == [2] + [0] * (world - 1)  # clustering once
+    assert [n["calls"]["evaluated"] for n in noted] == [4] + [0] * (
+        world - 1
+    )  # two epochs' val, last and best on test
+    assert noted[0]["written"] and not any(n["written"] for n in noted[1:])  # rank 0 alone writes
     a, b = (json.loads((run / "result.json").read_text()) for run in (one, several))
     assert a == b and a["last"]["queries"] > 0
     for x, y in zip(read_history(one), read_history(several), strict=True):
@@ -129,13 +183,17 @@ def same_training(runs, world):
 
 
 def test_two_processes_make_the_same_run(runs, promise):
-    promise("1 and 2 processes give the same labels, memories and losses (float64, 1e-9), with a short last batch and sizes nothing divides")
+    promise(
+        "1 and 2 processes give the same labels, memories and losses (float64, 1e-9), with a short last batch and sizes nothing divides"
+    )
     same_training(runs, 2)
 
 
 @pytest.mark.slow
 def test_three_processes_make_the_same_run(runs, promise):
-    promise("1 and 2 processes give the same labels, memories and losses (float64, 1e-9), with a short last batch and sizes nothing divides")
+    promise(
+        "1 and 2 processes give the same labels, memories and losses (float64, 1e-9), with a short last batch and sizes nothing divides"
+    )
     same_training(runs, 3)
 
 
@@ -165,20 +223,40 @@ for a, b in zip(whole, shared): assert a.shape == b.shape and abs(a - b).max() <
 def test_resumed_by_two_processes(runs, root, tmp_path, promise):
     promise("a run that one process began goes on in two, the optimiser's state shared by the first")
     import shutil
+
     shutil.copytree(runs(1)[0], tmp_path / "run")
-    os.replace(tmp_path / "run" / "state-before.safetensors", tmp_path / "run" / "state.safetensors"); (tmp_path / "run" / "result.json").unlink()
-    script = tmp_path / "noted.py"; script.write_text(SCRIPT)
-    done = launch(script, 2, ["train", "--root", str(root), "--out", str(tmp_path / "run"), "--resume", *SETTINGS])
+    os.replace(tmp_path / "run" / "state-before.safetensors", tmp_path / "run" / "state.safetensors")
+    (tmp_path / "run" / "result.json").unlink()
+    script = tmp_path / "noted.py"
+    script.write_text(SCRIPT)
+    done = launch(
+        script, 2, ["train", "--root", str(root), "--out", str(tmp_path / "run"), "--resume", *SETTINGS]
+    )
     assert done.returncode == 0, done.stderr
-    for a, b in zip(read_history(runs(1)[0]), read_history(tmp_path / "run"), strict=True): assert abs(a["loss"] - b["loss"]) < 1e-9 * a["loss"] and a["clusters_txt"] == b["clusters_txt"]
+    for a, b in zip(read_history(runs(1)[0]), read_history(tmp_path / "run"), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-9 * a["loss"] and a["clusters_txt"] == b["clusters_txt"]
 
 
-@pytest.mark.parametrize("rank, how, traceback", [("1", "raise FloatingPointError('a rank broke')", "FloatingPointError: a rank broke"),
-                                            pytest.param("0", "os.kill(os.getpid(), 9)", "Signal 9 (SIGKILL)", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rank, how, traceback",
+    [
+        ("1", "raise FloatingPointError('a rank broke')", "FloatingPointError: a rank broke"),
+        pytest.param("0", "os.kill(os.getpid(), 9)", "Signal 9 (SIGKILL)", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_dies_ends_the_run(rank, how, traceback, root, tmp_path, promise):
     promise("a process that dies ends the run with its traceback, not a hang")
-    script = tmp_path / "noted.py"; script.write_text(SCRIPT); begin = time.perf_counter()
-    done = launch(script, 2, ["train", "--root", str(root), "--out", str(tmp_path / "run"), *SETTINGS], seconds=120, DIES=rank, HOW=how)
+    script = tmp_path / "noted.py"
+    script.write_text(SCRIPT)
+    begin = time.perf_counter()
+    done = launch(
+        script,
+        2,
+        ["train", "--root", str(root), "--out", str(tmp_path / "run"), *SETTINGS],
+        seconds=120,
+        DIES=rank,
+        HOW=how,
+    )
     assert done.returncode != 0 and traceback in done.stderr, done.stderr
     assert time.perf_counter() - begin < 120
 
@@ -186,15 +264,24 @@ def test_a_rank_that_dies_ends_the_run(rank, how, traceback, root, tmp_path, pro
 @pytest.mark.slow
 def test_what_the_user_can_mend_is_said_once(root, tmp_path, promise):
     promise("bad input of several processes is said once")
-    script = tmp_path / "noted.py"; script.write_text(SCRIPT)
-    done = launch(script, 2, ["train", "--root", str(root), "--out", str(tmp_path / "run"), *SETTINGS, "hcm.tua=1"], seconds=120)
-    assert done.returncode != 0 and sum(line.startswith("cpcl: ") for line in done.stderr.splitlines()) == 1, done.stderr
+    script = tmp_path / "noted.py"
+    script.write_text(SCRIPT)
+    done = launch(
+        script,
+        2,
+        ["train", "--root", str(root), "--out", str(tmp_path / "run"), *SETTINGS, "hcm.tua=1"],
+        seconds=120,
+    )
+    assert (
+        done.returncode != 0 and sum(line.startswith("cpcl: ") for line in done.stderr.splitlines()) == 1
+    ), done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def execute(code, seconds=240):
     "Run code as the cells of a notebook, in a kernel."
     import nbclient, nbformat
+
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     nbclient.NotebookClient(book, timeout=seconds, kernel_name="python3").execute()
 
@@ -211,5 +298,13 @@ def test_launched_from_a_notebook(runs, root, tmp_path, promise):
 def test_a_rank_that_dies_in_a_notebook(root, tmp_path, promise):
     promise("a process that dies ends the run with its traceback, not a hang")
     import nbclient
-    broken = NOTEBOOK.replace("root, out = words", "root, out = words\n    import cpcl.train.epoch, os\n    if os.environ['RANK'] == '1': cpcl.train.epoch.hcm_loss = lambda *a, **k: 1 / 0")
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="ZeroDivisionError"): execute(broken.replace("WORDS", repr((str(root), str(tmp_path / "run")))).replace("PORT", free_port()), 120)
+
+    broken = NOTEBOOK.replace(
+        "root, out = words",
+        "root, out = words\n    import cpcl.train.epoch, os\n    if os.environ['RANK'] == '1': cpcl.train.epoch.hcm_loss = lambda *a, **k: 1 / 0",
+    )
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="ZeroDivisionError"):
+        execute(
+            broken.replace("WORDS", repr((str(root), str(tmp_path / "run")))).replace("PORT", free_port()),
+            120,
+        )

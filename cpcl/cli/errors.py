@@ -11,69 +11,122 @@ import contextlib, errno, os, re, signal, threading
 from ..core import UserError
 
 # %% ../../nbs/cli/00_errors.ipynb #94beeda9
-LONGEST = 2000 # characters of a line; more is cut in the middle
+LONGEST = 2000  # characters of a line; more is cut in the middle
+
 
 def one_line(
-    text, # a message, perhaps with other people's words in it
-) -> str: # printable, on one line, at most `LONGEST` characters
+    text,  # a message, perhaps with other people's words in it
+) -> str:  # printable, on one line, at most `LONGEST` characters
     "A message as one printable line, cut in the middle where it is long (ours)."
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(text).split()))
-    return line if len(line) <= LONGEST else f"{line[:LONGEST - 505]} ... {line[-500:]}"
+    line = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(text).split())
+    )
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 505]} ... {line[-500:]}"
 
 # %% ../../nbs/cli/00_errors.ipynb #c3885f3c
 def complaint(
-    text:str, # what tyro printed: a box, its parts divided by lines
-    words:list, # that it was given
-    commands, # the names of the commands there are
-) -> str: # one line, with the command whose --help tells more
+    text: str,  # what tyro printed: a box, its parts divided by lines
+    words: list,  # that it was given
+    commands,  # the names of the commands there are
+) -> str:  # one line, with the command whose --help tells more
     "tyro's box of an error as one line (ours)."
     rows = [re.sub(r"\x1b\[[0-9;]*m", "", r).strip("│").strip() for r in text.splitlines()]
-    parts = "\n".join("\n\n" if set(r) in ({"─"}, {"-"}) else r for r in rows if r and r[0] not in "╭╰").split("\n\n\n")
-    parts = [p.strip() for p in (parts if "╭" in text else parts[1:]) or [text]] # without UTF-8 the title is a part of its own
+    parts = "\n".join(
+        "\n\n" if set(r) in ({"─"}, {"-"}) else r for r in rows if r and r[0] not in "╭╰"
+    ).split("\n\n\n")
+    parts = [
+        p.strip() for p in (parts if "╭" in text else parts[1:]) or [text]
+    ]  # without UTF-8 the title is a part of its own
     wrong = " ".join(parts[0].split("Arguments are applied")[0].split())
     wrong = re.sub(r" \(applied to [^)]*\)", "", wrong).removeprefix("Error parsing ").strip()
-    for old, new in ((r": invalid literal for int\(\) with base 10:", " must be a whole number, got"), (r": could not convert string to float:", " must be a number, got")): wrong = re.sub(old, new, wrong)
+    for old, new in (
+        (r": invalid literal for int\(\) with base 10:", " must be a whole number, got"),
+        (r": could not convert string to float:", " must be a number, got"),
+    ):
+        wrong = re.sub(old, new, wrong)
     name = words[0] if words and words[0] in commands else ""
     for part in parts[1:]:
-        if part.startswith("Available"): wrong += "; " + " ".join(part.split())
-        if not part.startswith("Perhaps"): continue
+        if part.startswith("Available"):
+            wrong += "; " + " ".join(part.split())
+        if not part.startswith("Perhaps"):
+            continue
         for flag, told in re.findall(r"^(--[\w-]+)(.*?)(?=^--|\Z)", part, re.S | re.M):
             of = re.findall(r"^in cpcl (\w+) --help", told, re.M)
-            if name in of: wrong += f"; did you mean {flag}?"; break
-            if of and flag in words: wrong += f"; {flag} belongs to cpcl {', '.join(of)}"; break
+            if name in of:
+                wrong += f"; did you mean {flag}?"
+                break
+            if of and flag in words:
+                wrong += f"; {flag} belongs to cpcl {', '.join(of)}"
+                break
     return f"{wrong.rstrip('.')}; see cpcl {name + ' ' if name else ''}--help"
 
 # %% ../../nbs/cli/00_errors.ipynb #4a892283
 class Stopped(BaseException):
     "SIGTERM, as an exception that unwinds like Ctrl-C (ours)."
 
+
 @contextlib.contextmanager
-def stoppable(): # yields a list that is not empty after a SIGTERM
+def stoppable():  # yields a list that is not empty after a SIGTERM
     "While this lasts, SIGTERM raises `Stopped`, in the main thread of the main process only (ours)."
     came, here = [], os.getpid()
-    if threading.current_thread() is not threading.main_thread(): yield came; return
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
     def stop(number, frame):
         "The handler; a fork of this process dies by the default action."
-        if os.getpid() != here: signal.signal(number, signal.SIG_DFL); os.kill(os.getpid(), number); return
-        came.append(number); raise Stopped
+        if os.getpid() != here:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        came.append(number)
+        raise Stopped
+
     old = signal.signal(signal.SIGTERM, stop)
-    try: yield came
-    finally: signal.signal(signal.SIGTERM, signal.SIG_DFL if old is None else old)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if old is None else old)
 
 # %% ../../nbs/cli/00_errors.ipynb #5321fc52
-FULL = {errno.ENOSPC: "free some space or write elsewhere", errno.EDQUOT: "free some space or write elsewhere", errno.EFBIG: "write elsewhere"}
-REMEDY = FULL | {errno.EACCES: "change its permissions or name another place", errno.EPERM: "change its permissions or name another place", errno.EROFS: "name a place that can be written to",
-    errno.ENOTDIR: "a file stands where a folder should be, name another place", errno.EEXIST: "a file stands where a folder should be, name another place",
-    errno.EISDIR: "a folder stands where a file should be, name another place", errno.ENOENT: "check the path", errno.ENAMETOOLONG: "give a shorter name"}
+FULL = {
+    errno.ENOSPC: "free some space or write elsewhere",
+    errno.EDQUOT: "free some space or write elsewhere",
+    errno.EFBIG: "write elsewhere",
+}
+REMEDY = FULL | {
+    errno.EACCES: "change its permissions or name another place",
+    errno.EPERM: "change its permissions or name another place",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENOTDIR: "a file stands where a folder should be, name another place",
+    errno.EEXIST: "a file stands where a folder should be, name another place",
+    errno.EISDIR: "a folder stands where a file should be, name another place",
+    errno.ENOENT: "check the path",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
 
 def verdict(
-    error:BaseException, # what ended a command
-    stopped:bool=False, # a SIGTERM came meanwhile
-) -> tuple | None: # (line, exit status); None: the traceback is to be seen
+    error: BaseException,  # what ended a command
+    stopped: bool = False,  # a SIGTERM came meanwhile
+) -> tuple | None:  # (line, exit status); None: the traceback is to be seen
     "What a person is told of an error (ours)."
-    if stopped or isinstance(error, Stopped): return "stopped by SIGTERM; a training goes on from its last whole epoch with --resume", 143
-    if isinstance(error, KeyboardInterrupt): return "stopped; a training goes on from its last whole epoch with --resume", 130
-    if isinstance(error, UserError): return one_line(error), 2
-    if not isinstance(error, OSError) or (error.filename is None and error.errno not in FULL): return None
-    where = " -> ".join(os.fsdecode(f) if isinstance(f, (str, bytes)) else str(f) for f in (error.filename, error.filename2) if f is not None) or "the disk"
-    return one_line(f"{where}: {error.strerror or type(error).__name__}; {REMEDY.get(error.errno, 'see to it and try again')}"), 2
+    if stopped or isinstance(error, Stopped):
+        return "stopped by SIGTERM; a training goes on from its last whole epoch with --resume", 143
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; a training goes on from its last whole epoch with --resume", 130
+    if isinstance(error, UserError):
+        return one_line(error), 2
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in FULL):
+        return None
+    where = (
+        " -> ".join(
+            os.fsdecode(f) if isinstance(f, (str, bytes)) else str(f)
+            for f in (error.filename, error.filename2)
+            if f is not None
+        )
+        or "the disk"
+    )
+    return one_line(
+        f"{where}: {error.strerror or type(error).__name__}; {REMEDY.get(error.errno, 'see to it and try again')}"
+    ), 2

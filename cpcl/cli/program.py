@@ -19,18 +19,20 @@ from .errors import complaint, stoppable, verdict
 
 # %% ../../nbs/cli/02_program.ipynb #f79b5181
 def flag_settings(
-    epochs:int=0, # 0: the schedule's
-    batch_size:int=0, # 0: the schedule's
-    lr:float=0., # 0: the schedule's
-    more:tuple=(), # NAME=VALUE texts
-    model:str="tiny", # decides the usual warm-up
-) -> dict: # dotted settings -> values
+    epochs: int = 0,  # 0: the schedule's
+    batch_size: int = 0,  # 0: the schedule's
+    lr: float = 0.0,  # 0: the schedule's
+    more: tuple = (),  # NAME=VALUE texts
+    model: str = "tiny",  # decides the usual warm-up
+) -> dict:  # dotted settings -> values
     "The flags that are settings, and those of --set, by dotted name; raises UserError (ours)."
     found = {f"optim.{k}": v for k, v in dict(epochs=epochs, batch_size=batch_size, lr=lr).items() if v}
-    if epochs: found["optim.warmup"] = min(1. if model == "tiny" else 5., epochs / 2)
+    if epochs:
+        found["optim.warmup"] = min(1.0 if model == "tiny" else 5.0, epochs / 2)
     for item in more:
         name, eq, value = item.partition("=")
-        if not eq: raise UserError(f"--set takes NAME=VALUE, got {item!r}")
+        if not eq:
+            raise UserError(f"--set takes NAME=VALUE, got {item!r}")
         found[name] = value
     return found
 
@@ -41,71 +43,112 @@ class Train:
 
     Without arguments: CPCL on the sample set from the tiny CLIP, minutes on two cores.
     The paper's run: cpcl train --data cuhk-pedes --root DIR --model ViT-B-16-quickgelu --pretrained openai --out runs/x"""
-    data: Literal["auto", "cuhk-pedes", "icfg-pedes", "rstpreid", "own"] = "auto" # what lies in --root; auto: recognise it
-    root: str = "" # folder of the data set; empty: the sample set data/mini
-    preset: Literal["cpcl", "clip", "clip-itc", "cluster-contrast", "icpg", "supervised"] = "cpcl" # the method
-    model: str = "tiny" # tiny, or an open_clip name such as ViT-B-16-quickgelu
-    pretrained: str = "" # weights: an open_clip tag such as openai, or a file; empty: those of the tiny CLIP
-    schedule: Literal["auto", "tiny", "bench", "paper"] = "auto" # learning rate and epochs; auto: tiny for the tiny CLIP, else the paper's; bench: the ablations'
-    out: str = "" # run folder; empty: the next free one below runs/
-    seed: int = 0 # of order, augmentation and initialisation
-    resume: bool = False # go on with the run in --out from its last whole epoch
-    epochs: int = 0 # passes over the captions; 0: the schedule's
-    batch_size: int = 0 # pairs a step; 0: the schedule's
-    lr: float = 0. # peak learning rate; 0: the schedule's
-    height: int = 0 # image height in pixels; 0: the model's usual one
-    width: int = 0 # image width in pixels; 0: the model's usual one
-    workers: int = 0 # processes that decode images
-    cache: bool = True # keep decoded images in memory if they fit
-    set: tuple[str, ...] = () # any other setting, e.g. --set hcm.tau_p=0.02 memory.mu=0.5
+
+    data: Literal["auto", "cuhk-pedes", "icfg-pedes", "rstpreid", "own"] = (
+        "auto"  # what lies in --root; auto: recognise it
+    )
+    root: str = ""  # folder of the data set; empty: the sample set data/mini
+    preset: Literal["cpcl", "clip", "clip-itc", "cluster-contrast", "icpg", "supervised"] = (
+        "cpcl"  # the method
+    )
+    model: str = "tiny"  # tiny, or an open_clip name such as ViT-B-16-quickgelu
+    pretrained: str = ""  # weights: an open_clip tag such as openai, or a file; empty: those of the tiny CLIP
+    schedule: Literal["auto", "tiny", "bench", "paper"] = (
+        "auto"  # learning rate and epochs; auto: tiny for the tiny CLIP, else the paper's; bench: the ablations'
+    )
+    out: str = ""  # run folder; empty: the next free one below runs/
+    seed: int = 0  # of order, augmentation and initialisation
+    resume: bool = False  # go on with the run in --out from its last whole epoch
+    epochs: int = 0  # passes over the captions; 0: the schedule's
+    batch_size: int = 0  # pairs a step; 0: the schedule's
+    lr: float = 0.0  # peak learning rate; 0: the schedule's
+    height: int = 0  # image height in pixels; 0: the model's usual one
+    width: int = 0  # image width in pixels; 0: the model's usual one
+    workers: int = 0  # processes that decode images
+    cache: bool = True  # keep decoded images in memory if they fit
+    set: tuple[str, ...] = ()  # any other setting, e.g. --set hcm.tau_p=0.02 memory.mu=0.5
 
     def run(self) -> int:
         "Train, evaluate, print where things lie."
         from cpcl.lab.demo import sample_set
         from cpcl.encoder.towers import EncoderConfig
         from cpcl.train.loop import train_run
-        if self.workers < 0: raise UserError(f"--workers must be 0 (decode in this process) or more, got {self.workers}")
-        encoder = EncoderConfig(self.model, self.pretrained or ("tiny" if self.model == "tiny" else ""), self.height, self.width)
-        if self.model != "tiny" and not self.pretrained: raise UserError(f"--model {self.model} needs --pretrained: a tag such as openai, or a file (--pretrained none: random weights)")
-        if self.pretrained == "none": encoder = EncoderConfig(self.model, "", self.height, self.width)
+
+        if self.workers < 0:
+            raise UserError(f"--workers must be 0 (decode in this process) or more, got {self.workers}")
+        encoder = EncoderConfig(
+            self.model, self.pretrained or ("tiny" if self.model == "tiny" else ""), self.height, self.width
+        )
+        if self.model != "tiny" and not self.pretrained:
+            raise UserError(
+                f"--model {self.model} needs --pretrained: a tag such as openai, or a file (--pretrained none: random weights)"
+            )
+        if self.pretrained == "none":
+            encoder = EncoderConfig(self.model, "", self.height, self.width)
         schedule = self.schedule if self.schedule != "auto" else "tiny" if self.model == "tiny" else "paper"
         root = self.root or sample_set()
-        if self.data != "auto" and not self.root: raise UserError(f"--data {self.data} needs --root: the folder it lies in")
-        out = Path(self.out) if self.out else free_folder(Path("runs"), f"{Path(root).name}-{self.preset}-{self.seed}", self.resume)
-        result = train_run(root, out, None if self.data == "auto" else self.data, self.preset, schedule, encoder, self.seed, flag_settings(self.epochs, self.batch_size, self.lr, self.set, self.model), self.resume, self.workers, self.cache)
-        if result: print(result_table(result) + f"\nrun folder: {out}")
+        if self.data != "auto" and not self.root:
+            raise UserError(f"--data {self.data} needs --root: the folder it lies in")
+        out = (
+            Path(self.out)
+            if self.out
+            else free_folder(Path("runs"), f"{Path(root).name}-{self.preset}-{self.seed}", self.resume)
+        )
+        result = train_run(
+            root,
+            out,
+            None if self.data == "auto" else self.data,
+            self.preset,
+            schedule,
+            encoder,
+            self.seed,
+            flag_settings(self.epochs, self.batch_size, self.lr, self.set, self.model),
+            self.resume,
+            self.workers,
+            self.cache,
+        )
+        if result:
+            print(result_table(result) + f"\nrun folder: {out}")
         return 0
 
 # %% ../../nbs/cli/02_program.ipynb #721b5ce8
 def free_folder(
-    base:Path, # e.g. runs/
-    name:str, # wished name
-    last:bool=False, # the last one used instead of the next free one
-) -> Path: # base/name, base/name-2, ...
+    base: Path,  # e.g. runs/
+    name: str,  # wished name
+    last: bool = False,  # the last one used instead of the next free one
+) -> Path:  # base/name, base/name-2, ...
     "A folder name that is free, or the last that is not (ours)."
-    tries = [base/(f"{name}-{i}" if i > 1 else name) for i in range(1, 1000)]
+    tries = [base / (f"{name}-{i}" if i > 1 else name) for i in range(1, 1000)]
     n = next(i for i, p in enumerate(tries) if not p.exists())
     return tries[max(0, n - 1) if last else n]
 
+
 def result_table(
-    result:dict, # what result.json holds
-) -> str: # lines for a person
+    result: dict,  # what result.json holds
+) -> str:  # lines for a person
     "Last and best on one split, as a small table (ours)."
     import pandas as pd
-    rows = {f"{w} epoch": {k: result[w][k] for k in ("R1", "R5", "R10", "mAP", "mINP")} for w in ("last", "best")}
-    return f"{result['preset']}, seed {result['seed']}, on {result['split']} (best by {result['best_by']})\n" + pd.DataFrame(rows).T.round(2).to_string()
+
+    rows = {
+        f"{w} epoch": {k: result[w][k] for k in ("R1", "R5", "R10", "mAP", "mINP")} for w in ("last", "best")
+    }
+    return (
+        f"{result['preset']}, seed {result['seed']}, on {result['split']} (best by {result['best_by']})\n"
+        + pd.DataFrame(rows).T.round(2).to_string()
+    )
 
 # %% ../../nbs/cli/02_program.ipynb #7a7b4441
 @dataclass
 class Eval:
     "Score a run: sentences against images, images against sentences, with intervals over people."
-    run_folder: tyro.conf.Positional[str] # run folder, e.g. runs/demo/cpcl
-    root: str = "" # folder of the data set; empty: the sample set data/mini
-    data: Literal["auto", "cuhk-pedes", "icfg-pedes", "rstpreid", "own"] = "auto" # what lies in --root
-    split: Literal["train", "val", "test"] = "test" # which part
-    which: Literal["last", "best"] = "last" # which epoch's encoder
-    rerank: bool = False # add a row with k-reciprocal re-ranking
-    json: bool = False # print JSON instead of a table
+
+    run_folder: tyro.conf.Positional[str]  # run folder, e.g. runs/demo/cpcl
+    root: str = ""  # folder of the data set; empty: the sample set data/mini
+    data: Literal["auto", "cuhk-pedes", "icfg-pedes", "rstpreid", "own"] = "auto"  # what lies in --root
+    split: Literal["train", "val", "test"] = "test"  # which part
+    which: Literal["last", "best"] = "last"  # which epoch's encoder
+    rerank: bool = False  # add a row with k-reciprocal re-ranking
+    json: bool = False  # print JSON instead of a table
 
     def run(self) -> int:
         "Encode, rank, print."
@@ -116,46 +159,75 @@ class Eval:
         from cpcl.encoder.towers import features
         from cpcl.eval.scores import evaluate, rerank, score_matrix
         from cpcl.eval.intervals import bootstrap_interval
+
         split = load_split(self.root or sample_set(), None if self.data == "auto" else self.data, self.split)
         img, txt = features(load_run(self.run_folder, self.which), split)
         person = load_person(split)
         person = np.arange(len(img)) if person is None else person
         query = person[split.image_of]
-        found = {"text to image": (evaluate(img, txt, split.image_of, person), query), "image to text": (evaluate(img, txt, split.image_of, person, "i2t"), person)}
-        if self.rerank: found["text to image, re-ranked"] = score_matrix(rerank(img, txt), query, person), query
-        rows = {name: s.mean().as_dict() | {f"{m}_95": [round(v, 2) for v in interval] for m, interval in bootstrap_interval(s, who).items() if m in ("R1", "mAP")} for name, (s, who) in found.items()}
-        if self.json: print(json.dumps(rows, indent=1))
-        else: print(pd.DataFrame(rows).T.to_string(float_format=lambda v: f"{v:.2f}"))
+        found = {
+            "text to image": (evaluate(img, txt, split.image_of, person), query),
+            "image to text": (evaluate(img, txt, split.image_of, person, "i2t"), person),
+        }
+        if self.rerank:
+            found["text to image, re-ranked"] = score_matrix(rerank(img, txt), query, person), query
+        rows = {
+            name: s.mean().as_dict()
+            | {
+                f"{m}_95": [round(v, 2) for v in interval]
+                for m, interval in bootstrap_interval(s, who).items()
+                if m in ("R1", "mAP")
+            }
+            for name, (s, who) in found.items()
+        }
+        if self.json:
+            print(json.dumps(rows, indent=1))
+        else:
+            print(pd.DataFrame(rows).T.to_string(float_format=lambda v: f"{v:.2f}"))
         return 0
 
 # %% ../../nbs/cli/02_program.ipynb #911869fb
 @dataclass
 class Synth:
     "Draw a synthetic data set of pedestrians with captions, in the layout of a benchmark."
-    out: tyro.conf.Positional[str] # folder to write
-    people: int = 1000 # how many people
-    seed: int = 0 # same seed, same people, captions and pixels
-    layout: Literal["cuhk-pedes", "icfg-pedes", "rstpreid"] = "cuhk-pedes" # whose annotation format
-    style: Literal["street", "town", "studio"] = "street" # street: the sample set's domain; town: the bench set's; studio: what the tiny CLIP was pre-trained on
-    shots: tuple[int, int] = (2, 5) # fewest and most images a person; rstpreid has 5
+
+    out: tyro.conf.Positional[str]  # folder to write
+    people: int = 1000  # how many people
+    seed: int = 0  # same seed, same people, captions and pixels
+    layout: Literal["cuhk-pedes", "icfg-pedes", "rstpreid"] = "cuhk-pedes"  # whose annotation format
+    style: Literal["street", "town", "studio"] = (
+        "street"  # street: the sample set's domain; town: the bench set's; studio: what the tiny CLIP was pre-trained on
+    )
+    shots: tuple[int, int] = (2, 5)  # fewest and most images a person; rstpreid has 5
 
     def run(self) -> int:
         "Write it and say what to do next."
         from cpcl.synth.dataset import write_synth
-        root = write_synth(self.out, people=self.people, seed=self.seed, layout=self.layout, style=self.style, shots=self.shots)
+
+        root = write_synth(
+            self.out,
+            people=self.people,
+            seed=self.seed,
+            layout=self.layout,
+            style=self.style,
+            shots=self.shots,
+        )
         print(f"wrote {root}\nnext: cpcl doctor {root}\n      cpcl train --root {root}")
         return 0
+
 
 @dataclass
 class Doctor:
     "Look a data set over before training: counts beside the published ones, long and repeated captions, unreadable files. Exits 1 when something is wrong."
-    root: tyro.conf.Positional[str] # folder of the data set
-    data: Literal["auto", "cuhk-pedes", "icfg-pedes", "rstpreid", "own"] = "auto" # what lies there
-    decode: bool = True # open every image (slower, finds unreadable files)
+
+    root: tyro.conf.Positional[str]  # folder of the data set
+    data: Literal["auto", "cuhk-pedes", "icfg-pedes", "rstpreid", "own"] = "auto"  # what lies there
+    decode: bool = True  # open every image (slower, finds unreadable files)
 
     def run(self) -> int:
         "Print the report."
         from cpcl.data.doctor import doctor
+
         report = doctor(self.root, None if self.data == "auto" else self.data, decode=self.decode)
         print(report)
         return 0 if report.ok else 1
@@ -164,33 +236,53 @@ class Doctor:
 @dataclass
 class Pretrain:
     "Make the tiny CLIP anew: draw studio people, train on their pairs, write weights, log and card."
-    out: tyro.conf.Positional[str] # folder to write; an unfinished pre-training there is gone on with
-    samples: int = 256_000 # pairs seen
-    people: int = 5000 # studio people
-    batch_size: int = 64 # pairs a step
-    lr: float = 1e-3 # peak learning rate
-    bf16: bool = False # 16-bit brain floats: quicker on a processor with AMX
+
+    out: tyro.conf.Positional[str]  # folder to write; an unfinished pre-training there is gone on with
+    samples: int = 256_000  # pairs seen
+    people: int = 5000  # studio people
+    batch_size: int = 64  # pairs a step
+    lr: float = 1e-3  # peak learning rate
+    bf16: bool = False  # 16-bit brain floats: quicker on a processor with AMX
 
     def run(self) -> int:
         "Pre-train and write the card."
         from cpcl.lab.pretrain import PretrainConfig, pretrain, write_card
-        pretrain(self.out, PretrainConfig(samples=self.samples, people=self.people, batch_size=self.batch_size, lr=self.lr, bf16=self.bf16))
+
+        pretrain(
+            self.out,
+            PretrainConfig(
+                samples=self.samples,
+                people=self.people,
+                batch_size=self.batch_size,
+                lr=self.lr,
+                bf16=self.bf16,
+            ),
+        )
         print(write_card(self.out).read_text())
         return 0
+
 
 @dataclass
 class Convert:
     "Turn OpenAI's TorchScript file into safetensors. This RUNS the code in the file: only for a file you trust."
-    file: tyro.conf.Positional[str] # e.g. ViT-B-16.pt
-    out: str = "" # file to write; empty: the same name with .safetensors
+
+    file: tyro.conf.Positional[str]  # e.g. ViT-B-16.pt
+    out: str = ""  # file to write; empty: the same name with .safetensors
 
     def run(self) -> int:
         "Convert, with a warning before."
         from cpcl.encoder.towers import convert
-        if not Path(self.file).is_file(): raise UserError(f"no such file: {self.file}; give the .pt that OpenAI ships")
+
+        if not Path(self.file).is_file():
+            raise UserError(f"no such file: {self.file}; give the .pt that OpenAI ships")
         inside = zipfile.ZipFile(self.file).namelist() if zipfile.is_zipfile(self.file) else []
-        if not any("/code/" in n for n in inside): raise UserError(f"{self.file} holds no TorchScript program: nothing in it was run; a plain file of weights goes to --pretrained as it is")
-        print(f"reading {self.file} runs the program in it; do this only with a file you trust", file=sys.stderr)
+        if not any("/code/" in n for n in inside):
+            raise UserError(
+                f"{self.file} holds no TorchScript program: nothing in it was run; a plain file of weights goes to --pretrained as it is"
+            )
+        print(
+            f"reading {self.file} runs the program in it; do this only with a file you trust", file=sys.stderr
+        )
         print(f"wrote {convert(self.file, self.out or None)}; use it with --pretrained")
         return 0
 
@@ -198,23 +290,28 @@ class Convert:
 @dataclass
 class Demo:
     "Train clip and cpcl on the sample set and print the table (minutes, no GPU)."
-    out: str = "" # folder of the runs; empty: runs/demo of the checkout
-    epochs: int = 0 # passes over the captions; 0: the schedule's
+
+    out: str = ""  # folder of the runs; empty: runs/demo of the checkout
+    epochs: int = 0  # passes over the captions; 0: the schedule's
 
     def run(self) -> int:
         "Run the demo."
         from cpcl.lab.demo import demo
+
         demo(self.out or None, changes=flag_settings(self.epochs))
         return 0
+
 
 @dataclass
 class Ablate:
     "Train the runs that an ablation notebook has no record of, one after the other, and execute it in place. Can be stopped and started again."
-    notebook: tyro.conf.Positional[str] # a path, or the name of a notebook in nbs/ablations, e.g. 01_parts
+
+    notebook: tyro.conf.Positional[str]  # a path, or the name of a notebook in nbs/ablations, e.g. 01_parts
 
     def run(self) -> int:
         "Run the notebook with CPCL_RUN=1."
         from cpcl.lab.records import run_notebook
+
         print(f"wrote {run_notebook(self.notebook)}")
         return 0
 
@@ -222,18 +319,30 @@ class Ablate:
 @dataclass
 class Index:
     "Make a folder of person crops searchable, or bring its index up to date: only what is new or changed is encoded. For images you have the right to search."
-    folder: tyro.conf.Positional[str] # of crops; folders in it are looked through
-    encoder: Annotated[str, tyro.conf.arg(name="run")] # run folder whose encoder is taken, or the folder of a published model
-    out: str # folder of the index
-    columns: str = "" # CSV with a column `path` and others to filter by, e.g. camera
-    batch_size: int = 128 # images a step
-    workers: int = 2 # threads that decode
-    store: str = "" # milvus:URI keeps rows and vectors on a server, e.g. milvus:http://localhost:19530; files in --out if empty
+
+    folder: tyro.conf.Positional[str]  # of crops; folders in it are looked through
+    encoder: Annotated[
+        str, tyro.conf.arg(name="run")
+    ]  # run folder whose encoder is taken, or the folder of a published model
+    out: str  # folder of the index
+    columns: str = ""  # CSV with a column `path` and others to filter by, e.g. camera
+    batch_size: int = 128  # images a step
+    workers: int = 2  # threads that decode
+    store: str = ""  # milvus:URI keeps rows and vectors on a server, e.g. milvus:http://localhost:19530; files in --out if empty
 
     def run(self) -> int:
         "Build it and say what to do next."
         from cpcl.search.index import Index as Build
-        Build.build(self.folder, self.encoder, self.out, self.columns or None, self.batch_size, self.workers, store=self.store)
+
+        Build.build(
+            self.folder,
+            self.encoder,
+            self.out,
+            self.columns or None,
+            self.batch_size,
+            self.workers,
+            store=self.store,
+        )
         print(f'next: cpcl search {self.out} "a woman in a red coat with a black backpack"')
         return 0
 
@@ -241,38 +350,60 @@ class Index:
 @dataclass
 class Search:
     "Find people in an index by describing them; no query is kept."
-    index: tyro.conf.Positional[str] # folder of the index
-    query: tyro.conf.Positional[str] = "" # a sentence; may be left out with --image
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10 # images in the list
-    where: tuple[str, ...] = () # column=value, e.g. camera=3 or camera=3,4
-    image: str = "" # an indexed path or an image file: more like this
-    without: str = "" # what the image should not show, e.g. "a hat"
-    encoder: Annotated[str, tyro.conf.arg(name="run")] = "" # where the run lies now, if it was moved
-    json: bool = False # print a JSON list of objects with rank, score, path and columns
+
+    index: tyro.conf.Positional[str]  # folder of the index
+    query: tyro.conf.Positional[str] = ""  # a sentence; may be left out with --image
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10  # images in the list
+    where: tuple[str, ...] = ()  # column=value, e.g. camera=3 or camera=3,4
+    image: str = ""  # an indexed path or an image file: more like this
+    without: str = ""  # what the image should not show, e.g. "a hat"
+    encoder: Annotated[str, tyro.conf.arg(name="run")] = ""  # where the run lies now, if it was moved
+    json: bool = False  # print a JSON list of objects with rank, score, path and columns
 
     def run(self) -> int:
         "Print the list."
         from cpcl.search.index import Index as Open
+
         filters = dict(w.partition("=")[::2] for w in self.where)
-        if bad := [w for w in self.where if "=" not in w]: raise UserError(f"--where takes column=value, got {bad[0]!r}")
-        found = Open.open(self.index, self.encoder or None).search(self.query or None, self.k, {c: v.split(",") for c, v in filters.items()}, self.image or None, self.without or None).drop(columns="query")
-        print(json.dumps(found.to_dict("records")) if self.json else found.to_string(index=False) if len(found) else "nothing found")
+        if bad := [w for w in self.where if "=" not in w]:
+            raise UserError(f"--where takes column=value, got {bad[0]!r}")
+        found = (
+            Open.open(self.index, self.encoder or None)
+            .search(
+                self.query or None,
+                self.k,
+                {c: v.split(",") for c, v in filters.items()},
+                self.image or None,
+                self.without or None,
+            )
+            .drop(columns="query")
+        )
+        print(
+            json.dumps(found.to_dict("records"))
+            if self.json
+            else found.to_string(index=False)
+            if len(found)
+            else "nothing found"
+        )
         return 0
 
 # %% ../../nbs/cli/02_program.ipynb #b6bc061e
 @dataclass
 class App:
     "Open the search page over an index, on this machine only unless --host says otherwise; then it asks for a password."
-    index: tyro.conf.Positional[str] # folder of the index
-    host: str = "127.0.0.1" # address to answer on; 0.0.0.0 for others too
-    port: int = 7860 # of the page
-    encoder: Annotated[str, tyro.conf.arg(name="run")] = "" # where the run lies now, if it was moved
+
+    index: tyro.conf.Positional[str]  # folder of the index
+    host: str = "127.0.0.1"  # address to answer on; 0.0.0.0 for others too
+    port: int = 7860  # of the page
+    encoder: Annotated[str, tyro.conf.arg(name="run")] = ""  # where the run lies now, if it was moved
 
     def run(self) -> int:
         "Serve until Ctrl-C."
-        if not 0 <= self.port < 2**16: raise UserError(f"--port must lie in 0..65535 (0: a free one), got {self.port}")
+        if not 0 <= self.port < 2**16:
+            raise UserError(f"--port must lie in 0..65535 (0: a free one), got {self.port}")
         from cpcl.search.page import serve
         from cpcl.search.index import Index as Open
+
         serve(Open.open(self.index, self.encoder or None), self.host, self.port)
         return 0
 
@@ -280,53 +411,92 @@ class App:
 @dataclass
 class Export:
     "Make a run a model for others: safetensors, configuration and card; with --onnx also two ONNX files that need no torch."
-    encoder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")] # run folder
-    out: str # folder to write
-    which: Literal["last", "best"] = "last" # whose weights
-    onnx: bool = False # also write image.onnx and text.onnx, compared with torch
+
+    encoder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]  # run folder
+    out: str  # folder to write
+    which: Literal["last", "best"] = "last"  # whose weights
+    onnx: bool = False  # also write image.onnx and text.onnx, compared with torch
 
     def run(self) -> int:
         "Write it and say how to load it."
         from cpcl.hub import CPCL, export_onnx
+
         model = CPCL.from_run(self.encoder, self.which)
         model.save_pretrained(self.out)
-        if self.onnx: print(", ".join(f"{k}.onnx within {v:.0e} of torch" for k, v in export_onnx(model, self.out).items()))
+        if self.onnx:
+            print(
+                ", ".join(
+                    f"{k}.onnx within {v:.0e} of torch" for k, v in export_onnx(model, self.out).items()
+                )
+            )
         print(f'wrote {self.out}\nnext: CPCL.from_pretrained("{self.out}"), or .push_to_hub("you/name")')
         return 0
 
 # %% ../../nbs/cli/02_program.ipynb #813cedb9
-COMMANDS = {"train": Train, "eval": Eval, "synth": Synth, "doctor": Doctor, "pretrain": Pretrain, "convert": Convert, "demo": Demo, "ablate": Ablate, "index": Index, "search": Search, "app": App, "export": Export}
+COMMANDS = {
+    "train": Train,
+    "eval": Eval,
+    "synth": Synth,
+    "doctor": Doctor,
+    "pretrain": Pretrain,
+    "convert": Convert,
+    "demo": Demo,
+    "ablate": Ablate,
+    "index": Index,
+    "search": Search,
+    "app": App,
+    "export": Export,
+}
+
 
 def parse(
-    words:list, # after `cpcl`
-): # a command, ready to `run`
+    words: list,  # after `cpcl`
+):  # a command, ready to `run`
     "The command that the words ask for; raises UserError for words it does not take (tyro)."
     said, columns = io.StringIO(), os.environ.get("COLUMNS")
-    if not {"-h", "--help"} & set(words): os.environ["COLUMNS"] = "100000" # a box that breaks no word
+    if not {"-h", "--help"} & set(words):
+        os.environ["COLUMNS"] = "100000"  # a box that breaks no word
     try:
-        with contextlib.redirect_stderr(said): return tyro.extras.subcommand_cli_from_dict(COMMANDS, args=words, prog="cpcl", description="Weakly supervised text-based person retrieval: find people by describing them.")
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                args=words,
+                prog="cpcl",
+                description="Weakly supervised text-based person retrieval: find people by describing them.",
+            )
     except SystemExit as e:
-        if e.code != 2: sys.stderr.write(said.getvalue()); raise
+        if e.code != 2:
+            sys.stderr.write(said.getvalue())
+            raise
         raise UserError(complaint(said.getvalue(), words, COMMANDS)) from None
-    finally: os.environ.update(COLUMNS=columns) if columns is not None else os.environ.pop("COLUMNS", None)
+    finally:
+        os.environ.update(COLUMNS=columns) if columns is not None else os.environ.pop("COLUMNS", None)
 
 # %% ../../nbs/cli/02_program.ipynb #c55a7695
 def main(
-    args:list=None, # the words after `cpcl`; those of the process if not given
-) -> int: # exit status
+    args: list = None,  # the words after `cpcl`; those of the process if not given
+) -> int:  # exit status
     "The `cpcl` command (tyro)."
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     logging.getLogger().setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    for quiet in (dict(module=r"PIL\."), dict(message="Detected pickle protocol")): warnings.filterwarnings("ignore", **quiet) # the line says enough
+    for quiet in (dict(module=r"PIL\."), dict(message="Detected pickle protocol")):
+        warnings.filterwarnings("ignore", **quiet)  # the line says enough
     with stoppable() as came:
-        try: return parse(args or ["--help"]).run()
+        try:
+            return parse(args or ["--help"]).run()
         except BaseException as e:
             told = verdict(e, bool(came))
-            if told is None or debug: raise
-            rank = os.environ.get("RANK", "0") # one of several processes: the first speaks for all, another only for itself
+            if told is None or debug:
+                raise
+            rank = os.environ.get(
+                "RANK", "0"
+            )  # one of several processes: the first speaks for all, another only for itself
             who = "cpcl" if rank == "0" else f"cpcl (process {rank})"
-            if rank == "0" or told[1] == 2: print(f"{chr(10) if told[1] == 130 else ''}{who}: {told[0]}", file=sys.stderr) # Ctrl-C leaves ^C on its line
+            if rank == "0" or told[1] == 2:
+                print(
+                    f"{chr(10) if told[1] == 130 else ''}{who}: {told[0]}", file=sys.stderr
+                )  # Ctrl-C leaves ^C on its line
             return told[1]

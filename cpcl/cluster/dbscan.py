@@ -29,11 +29,12 @@ def _dbscan(indptr, cols, dist, eps, least):
     parent, core, labels = np.arange(n), np.zeros(n, np.bool_), np.full(n, -1)
     for i in range(n):
         near = 1
-        for p in range(indptr[i], indptr[i+1]): near += cols[p] != i and dist[p] <= eps
+        for p in range(indptr[i], indptr[i + 1]):
+            near += cols[p] != i and dist[p] <= eps
         core[i] = near >= least
     for i in range(n):
         if core[i]:
-            for p in range(indptr[i], indptr[i+1]):
+            for p in range(indptr[i], indptr[i + 1]):
                 if cols[p] < i and dist[p] <= eps and core[cols[p]]:
                     a, b = _root(parent, i), _root(parent, cols[p])
                     parent[max(a, b)] = min(a, b)
@@ -46,54 +47,65 @@ def _dbscan(indptr, cols, dist, eps, least):
     for i in range(n):
         if not core[i]:
             first = k
-            for p in range(indptr[i], indptr[i+1]):
-                if dist[p] <= eps and core[cols[p]]: first = min(first, labels[cols[p]])
-            if first < k: labels[i] = first
+            for p in range(indptr[i], indptr[i + 1]):
+                if dist[p] <= eps and core[cols[p]]:
+                    first = min(first, labels[cols[p]])
+            if first < k:
+                labels[i] = first
     return labels
 
 # %% ../../nbs/30_cluster/03_dbscan.ipynb #e2cbff33
 def _parts(graph, min_samples):
     "Row pointers, columns and distances of a graph, as the kernels want them."
     if not issparse(graph) or graph.ndim != 2 or graph.shape[0] != graph.shape[1]:
-        raise ValueError(f"graph must be a square sparse matrix of distances that keeps its zeros, got {type(graph).__name__} of shape {np.shape(graph)}")
+        raise ValueError(
+            f"graph must be a square sparse matrix of distances that keeps its zeros, got {type(graph).__name__} of shape {np.shape(graph)}"
+        )
     if isinstance(min_samples, bool) or int(min_samples) != min_samples or min_samples < 1:
-        raise ValueError(f"min_samples must be a whole number of rows, at least 1 (the row itself counts), got {min_samples!r}")
+        raise ValueError(
+            f"min_samples must be a whole number of rows, at least 1 (the row itself counts), got {min_samples!r}"
+        )
     graph = csr_array(graph)
     dist = graph.data if graph.dtype in (np.float32, np.float64) else graph.data.astype(np.float64)
     return graph.indptr.astype(np.int64), graph.indices.astype(np.int32, copy=False), dist
 
+
 def dbscan(
-    graph:csr_array, # `[N, N]` symmetric distances, explicit zeros kept, absent = further than eps
-    eps:float=0.6, # inclusive; at most the eps the graph was made with
-    min_samples:int=4, # rows within eps, itself included, that make a core
-) -> np.ndarray: # int64 `[N]`: -1 outlier, else 0..K-1, by smallest core row
+    graph: csr_array,  # `[N, N]` symmetric distances, explicit zeros kept, absent = further than eps
+    eps: float = 0.6,  # inclusive; at most the eps the graph was made with
+    min_samples: int = 4,  # rows within eps, itself included, that make a core
+) -> np.ndarray:  # int64 `[N]`: -1 outlier, else 0..K-1, by smallest core row
     "DBSCAN on a sparse distance graph (Ester et al. 1996; the same labels as scikit-learn's)."
     indptr, cols, dist = _parts(graph, min_samples)
-    if not eps >= 0: raise ValueError(f"eps must be a distance, 0 or more, got {eps!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be a distance, 0 or more, got {eps!r}")
     return _dbscan(indptr, cols, dist, dist.dtype.type(eps), int(min_samples))
 
 # %% ../../nbs/30_cluster/03_dbscan.ipynb #f57f68dc
 @inlined
 def _core_distance(indptr, cols, dist, least):
     out, best = np.zeros(len(indptr) - 1, dist.dtype), np.empty(least - 1, dist.dtype)
-    if least == 1: return out
+    if least == 1:
+        return out
     for i in range(len(out)):
         best[:] = np.inf
-        for p in range(indptr[i], indptr[i+1]):
+        for p in range(indptr[i], indptr[i + 1]):
             if cols[p] != i and dist[p] < best[-1]:
                 q = least - 2
-                while q > 0 and best[q-1] > dist[p]:
-                    best[q] = best[q-1]
+                while q > 0 and best[q - 1] > dist[p]:
+                    best[q] = best[q - 1]
                     q -= 1
                 best[q] = dist[p]
         out[i] = best[-1]
     return out
 
+
 @inlined
 def _reached(indptr, cols, dist, core):
     out = core.copy()
     for i in range(len(core)):
-        for p in range(indptr[i], indptr[i+1]): out[i] = min(out[i], max(dist[p], core[cols[p]]))
+        for p in range(indptr[i], indptr[i + 1]):
+            out[i] = min(out[i], max(dist[p], core[cols[p]]))
     return out
 
 # %% ../../nbs/30_cluster/03_dbscan.ipynb #7b05c04e
@@ -103,6 +115,7 @@ def _edges(indptr, cols, dist, core):
     below = cols < rows
     a, b = rows[below], cols[below]
     return a, b, np.maximum(dist[below], np.maximum(core[a], core[b]))
+
 
 @inlined
 def _kruskal(n, a, b):
@@ -117,24 +130,26 @@ def _kruskal(n, a, b):
 @dataclass(frozen=True)
 class EpsCurve:
     "What DBSCAN would give at each of many eps (ours)."
-    eps:np.ndarray # `[E]` ascending
-    clusters:np.ndarray # int64 `[E]`
-    outliers:np.ndarray # int64 `[E]`, rows
-    rows:int # N
+
+    eps: np.ndarray  # `[E]` ascending
+    clusters: np.ndarray  # int64 `[E]`
+    outliers: np.ndarray  # int64 `[E]`, rows
+    rows: int  # N
 
 # %% ../../nbs/30_cluster/03_dbscan.ipynb #248f1c77
 def eps_grid(
-    graph:csr_array, # `[N, N]` distances
-) -> np.ndarray: # `[E]` hundredths: .01, .02, ... up to the largest stored distance, at least one
+    graph: csr_array,  # `[N, N]` distances
+) -> np.ndarray:  # `[E]` hundredths: .01, .02, ... up to the largest stored distance, at least one
     "The values of eps worth asking about (ours)."
     largest = float(_parts(graph, 1)[2].max(initial=0))
     return np.arange(1, max(1, int(np.ceil(round(100 * largest, 6)))) + 1) / 100
 
+
 def eps_curve(
-    graph:csr_array, # `[N, N]` symmetric distances, explicit zeros kept, made with the largest eps of interest
-    min_samples:int=4, # rows within eps, itself included, that make a core
-    eps:np.ndarray=None, # `[E]` ascending; None: hundredths up to the largest stored distance
-) -> EpsCurve: # clusters and outliers at every eps
+    graph: csr_array,  # `[N, N]` symmetric distances, explicit zeros kept, made with the largest eps of interest
+    min_samples: int = 4,  # rows within eps, itself included, that make a core
+    eps: np.ndarray = None,  # `[E]` ascending; None: hundredths up to the largest stored distance
+) -> EpsCurve:  # clusters and outliers at every eps
     "Clusters and outliers of `dbscan` at every eps, in one pass (ours; Kruskal 1956)."
     indptr, cols, dist = _parts(graph, min_samples)
     grid = eps_grid(graph) if eps is None else np.asarray(eps, np.float64)
@@ -143,37 +158,50 @@ def eps_curve(
     n, steps = len(indptr) - 1, grid.astype(dist.dtype)
     core = _core_distance(indptr, cols, dist, int(min_samples))
     a, b, w = _edges(indptr, cols, dist, core)
-    step = np.searchsorted(steps, w).astype(np.min_scalar_type(len(grid))) # the first grid value that is not below w
+    step = np.searchsorted(steps, w).astype(
+        np.min_scalar_type(len(grid))
+    )  # the first grid value that is not below w
     order = np.argsort(step, kind="stable")
-    order = order[:np.searchsorted(step[order], len(grid))]
+    order = order[: np.searchsorted(step[order], len(grid))]
     joins = _kruskal(n, a[order], b[order])
-    def _upto(s): return np.cumsum(np.bincount(s, minlength=len(grid) + 1)[:len(grid)])
-    born, out = _upto(np.searchsorted(steps, core)), _upto(np.searchsorted(steps, _reached(indptr, cols, dist, core)))
+
+    def _upto(s):
+        return np.cumsum(np.bincount(s, minlength=len(grid) + 1)[: len(grid)])
+
+    born, out = (
+        _upto(np.searchsorted(steps, core)),
+        _upto(np.searchsorted(steps, _reached(indptr, cols, dist, core))),
+    )
     return EpsCurve(grid, born - _upto(step[order][joins].astype(np.int64)), n - out, n)
 
 # %% ../../nbs/30_cluster/03_dbscan.ipynb #30414a4d
 def eps_plot(
-    curve:EpsCurve, # from `eps_curve`
-    eps:float=None, # the eps that was chosen, marked; None marks nothing
-    people:int=None, # how many people there truly are, a dotted line; None: not known
-    ax=None, # to draw on; None makes a figure
-): # the axes
+    curve: EpsCurve,  # from `eps_curve`
+    eps: float = None,  # the eps that was chosen, marked; None marks nothing
+    people: int = None,  # how many people there truly are, a dotted line; None: not known
+    ax=None,  # to draw on; None makes a figure
+):  # the axes
     "Number of clusters and share of outliers over eps (ours)."
     if ax is None:
         import matplotlib.pyplot as plt
+
         ax = plt.subplots(figsize=(4.8, 2.6), layout="constrained")[1]
     blue, grey, share = "#0173b2", "#757575", 100 * curve.outliers / max(1, curve.rows)
     right = ax.twinx()
     right.plot(curve.eps, share, color=grey, ls="--")
-    right.set_ylim(0, 105); right.set_ylabel("outliers, %", color=grey); right.spines["right"].set_visible(True)
+    right.set_ylim(0, 105)
+    right.set_ylabel("outliers, %", color=grey)
+    right.spines["right"].set_visible(True)
     ax.plot(curve.eps, curve.clusters, color=blue)
-    ax.set_xlabel("eps"); ax.set_ylabel("clusters", color=blue)
+    ax.set_xlabel("eps")
+    ax.set_ylabel("clusters", color=blue)
     if people is not None:
         ax.axhline(people, color=blue, lw=1, ls=":")
         ax.text(curve.eps[-1], people, f"{people} people", color=blue, ha="right", va="bottom", fontsize=8)
     if eps is not None:
         k = int(np.clip(np.searchsorted(curve.eps, eps + 1e-9) - 1, 0, len(curve.eps) - 1))
-        ax.axvline(eps, color="k", lw=.8); ax.plot([eps], curve.clusters[k:k+1], "o", color=blue)
+        ax.axvline(eps, color="k", lw=0.8)
+        ax.plot([eps], curve.clusters[k : k + 1], "o", color=blue)
         ax.set_title(f"eps {eps:.2f}: {curve.clusters[k]} clusters, {share[k]:.0f} % outliers", fontsize=9)
     ax.set_ylim(0, 1.15 * max(1, people or 0, curve.clusters.max()))
     return ax
@@ -184,24 +212,28 @@ def _silhouettes(indptr, cols, dist, labels, sizes):
     mass, met, out = np.zeros(len(sizes)), np.zeros(len(sizes), np.int64), np.zeros(len(labels))
     for i in range(len(labels)):
         own = labels[i]
-        if own < 0 or sizes[own] < 2: continue
-        for p in range(indptr[i], indptr[i+1]):
+        if own < 0 or sizes[own] < 2:
+            continue
+        for p in range(indptr[i], indptr[i + 1]):
             k = labels[cols[p]]
-            if k >= 0 and cols[p] != i: mass[k], met[k] = mass[k] + dist[p], met[k] + 1
+            if k >= 0 and cols[p] != i:
+                mass[k], met[k] = mass[k] + dist[p], met[k] + 1
         a = (mass[own] + sizes[own] - 1 - met[own]) / (sizes[own] - 1)
-        mass[own], met[own], b = 0, 0, 1.
-        for p in range(indptr[i], indptr[i+1]):
+        mass[own], met[own], b = 0, 0, 1.0
+        for p in range(indptr[i], indptr[i + 1]):
             k = labels[cols[p]]
             if k >= 0 and met[k] > 0:
                 b = min(b, (mass[k] + sizes[k] - met[k]) / sizes[k])
                 mass[k], met[k] = 0, 0
-        if max(a, b) > 0: out[i] = (b - a) / max(a, b)
+        if max(a, b) > 0:
+            out[i] = (b - a) / max(a, b)
     return out
 
+
 def silhouettes(
-    graph:csr_array, # `[N, N]` symmetric distances up to 1, explicit zeros kept; absent = 1
-    labels:np.ndarray, # int64 `[N]`, -1 outlier
-) -> np.ndarray: # float64 `[N]`, -1 to 1; outliers, and rows alone in their cluster, 0
+    graph: csr_array,  # `[N, N]` symmetric distances up to 1, explicit zeros kept; absent = 1
+    labels: np.ndarray,  # int64 `[N]`, -1 outlier
+) -> np.ndarray:  # float64 `[N]`, -1 to 1; outliers, and rows alone in their cluster, 0
     "How much nearer a row is to its own cluster than to the next (Rousseeuw 1987; outliers are no cluster)."
     parts = _parts(graph, 1)
     labels = np.asarray(labels, np.int64)
@@ -210,35 +242,44 @@ def silhouettes(
 
 # %% ../../nbs/30_cluster/03_dbscan.ipynb #81d93bb3
 def first_peak(
-    scores:np.ndarray, # `[E]` over ascending eps
-    fall:float=0.05, # a peak is over when this share of it is lost
-    least:float=0.5, # a peak reaches this share of the highest score
-) -> int: # its place
+    scores: np.ndarray,  # `[E]` over ascending eps
+    fall: float = 0.05,  # a peak is over when this share of it is lost
+    least: float = 0.5,  # a peak reaches this share of the highest score
+) -> int:  # its place
     "The first peak that counts (ours)."
     best, enough = 0, least * np.max(scores)
     for k, score in enumerate(scores):
-        if score > scores[best]: best = k
-        elif scores[best] >= enough and score < (1 - fall) * scores[best]: break
+        if score > scores[best]:
+            best = k
+        elif scores[best] >= enough and score < (1 - fall) * scores[best]:
+            break
     return best
 
+
 def auto_eps(
-    graph:csr_array, # `[N, N]` symmetric distances up to 1, explicit zeros kept, made with a generous eps, say 0.9
-    min_samples:int=4, # rows within eps, itself included, that make a core
-) -> float: # in hundredths; 0.6 where no eps gives a cluster with any contrast
+    graph: csr_array,  # `[N, N]` symmetric distances up to 1, explicit zeros kept, made with a generous eps, say 0.9
+    min_samples: int = 4,  # rows within eps, itself included, that make a core
+) -> float:  # in hundredths; 0.6 where no eps gives a cluster with any contrast
     "The smallest eps at which the mean silhouette of the clusters peaks (ours)."
     grid = eps_grid(graph)
-    scores = np.array([silhouettes(graph, dbscan(graph, e, min_samples)).sum() for e in progress(grid, desc="choosing eps")])
-    return float(grid[first_peak(scores)]) if scores.max() > 0 else .6
+    scores = np.array(
+        [silhouettes(graph, dbscan(graph, e, min_samples)).sum() for e in progress(grid, desc="choosing eps")]
+    )
+    return float(grid[first_peak(scores)]) if scores.max() > 0 else 0.6
 
 # %% ../../nbs/30_cluster/03_dbscan.ipynb #b39652cc
 def _among_strangers(a, b, w, heads, rows, size):
     "scikit-learn's HDBSCAN of some trees over `rows` rows, the first of each in `heads`, and `size` strangers just beyond 1."
     from sklearn.cluster import HDBSCAN
+
     far = np.arange(rows, rows + size)
     i, j = np.r_[a, heads, far[:-1]], np.r_[b, heads[1:], far[0], far[1:]]
-    d = np.r_[w, np.full(len(heads), 1 + 1e-6), np.full(size - 1, .5)]
+    d = np.r_[w, np.full(len(heads), 1 + 1e-6), np.full(size - 1, 0.5)]
     tree = csr_array((np.r_[d, d], (np.r_[i, j], np.r_[j, i])), shape=(rows + size, rows + size))
-    return HDBSCAN(min_cluster_size=size, min_samples=1, metric="precomputed", copy=True).fit_predict(tree)[:rows]
+    return HDBSCAN(min_cluster_size=size, min_samples=1, metric="precomputed", copy=True).fit_predict(tree)[
+        :rows
+    ]
+
 
 def _by_first_row(labels):
     "The same clusters numbered by their smallest row, without gaps."
@@ -255,6 +296,7 @@ def _pieces(graph, eps, min_samples, size, core):
     large = np.bincount(piece[piece >= 0]) >= size
     return np.r_[np.where(large, np.cumsum(large) - 1, -1), -1][piece]
 
+
 def _forest(parts, core, piece, eps):
     "The spanning trees of the pieces: edges sorted by piece, distance (in eps) and rows, no two of a piece equally long."
     a, b, w = _edges(*parts, core)
@@ -267,25 +309,32 @@ def _forest(parts, core, piece, eps):
 
 # %% ../../nbs/30_cluster/03_dbscan.ipynb #6fd65311
 def hdbscan(
-    graph:csr_array, # `[N, N]` symmetric distances, explicit zeros kept, absent = further than eps
-    eps:float=0.6, # the largest distance that counts; what is further is just further
-    min_samples:int=4, # rows that make a core, itself included
-    min_cluster_size:int=None, # rows a cluster needs; None: min_samples, at least 2
-) -> np.ndarray: # int64 `[N]`: -1 outlier, else 0..K-1, by smallest row
+    graph: csr_array,  # `[N, N]` symmetric distances, explicit zeros kept, absent = further than eps
+    eps: float = 0.6,  # the largest distance that counts; what is further is just further
+    min_samples: int = 4,  # rows that make a core, itself included
+    min_cluster_size: int = None,  # rows a cluster needs; None: min_samples, at least 2
+) -> np.ndarray:  # int64 `[N]`: -1 outlier, else 0..K-1, by smallest row
     "HDBSCAN on a sparse distance graph, by connected pieces (Campello et al. 2013; scikit-learn's)."
-    parts, size = _parts(graph, min_samples), max(2, int(min_samples)) if min_cluster_size is None else min_cluster_size
-    if size < 2: raise ValueError(f"min_cluster_size must be at least 2, got {size}")
-    if not eps > 0: raise ValueError(f"eps must be a distance above 0, got {eps!r}")
+    parts, size = (
+        _parts(graph, min_samples),
+        max(2, int(min_samples)) if min_cluster_size is None else min_cluster_size,
+    )
+    if size < 2:
+        raise ValueError(f"min_cluster_size must be at least 2, got {size}")
+    if not eps > 0:
+        raise ValueError(f"eps must be a distance above 0, got {eps!r}")
     eps, core = parts[2].dtype.type(eps), _core_distance(*parts, int(min_samples))
     piece = _pieces(graph, eps, min_samples, size, core)
     a, b, w = _forest(parts, core, piece, eps)
-    rows = np.argsort(piece, kind="stable")[np.count_nonzero(piece < 0):] # piece after piece
+    rows = np.argsort(piece, kind="stable")[np.count_nonzero(piece < 0) :]  # piece after piece
     place, start = np.empty(len(piece), np.int64), np.r_[0, np.cumsum(np.bincount(piece[rows]))]
     place[rows] = np.arange(len(rows))
     labels = np.full(len(piece), -1)
-    calls = np.r_[np.flatnonzero(np.diff(start[:-1] // 2048, prepend=-1)), len(start) - 1] # about 2048 rows each
+    calls = np.r_[
+        np.flatnonzero(np.diff(start[:-1] // 2048, prepend=-1)), len(start) - 1
+    ]  # about 2048 rows each
     for p, q in progress(list(zip(calls[:-1], calls[1:])), desc="HDBSCAN"):
-        (s, t), e = start[[p, q]], slice(start[p] - p, start[q] - q) # a tree has one edge less than rows
+        (s, t), e = start[[p, q]], slice(start[p] - p, start[q] - q)  # a tree has one edge less than rows
         found = _among_strangers(place[a[e]] - s, place[b[e]] - s, w[e], start[p:q] - s, t - s, size)
-        labels[rows[s:t]] = np.where(found < 0, -1, found + 2 * s) # no number twice; numbered anew below
+        labels[rows[s:t]] = np.where(found < 0, -1, found + 2 * s)  # no number twice; numbered anew below
     return _by_first_row(labels)

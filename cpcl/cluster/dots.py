@@ -11,49 +11,64 @@ import numpy as np
 
 # %% ../../nbs/30_cluster/06_dots.ipynb #7db6cd15
 def _jit(fn, **options):
-    try: return numba.njit(cache=True, **options)(fn)
-    except RuntimeError: return numba.njit(**options)(fn) # read-only install and home: compile in every process
+    try:
+        return numba.njit(cache=True, **options)(fn)
+    except RuntimeError:
+        return numba.njit(**options)(fn)  # read-only install and home: compile in every process
+
 
 def compiled(
-    fn, # a function in the subset of Python that numba compiles
-): # the same function; it compiles at its first call and parallelises its `prange` loops
+    fn,  # a function in the subset of Python that numba compiles
+):  # the same function; it compiles at its first call and parallelises its `prange` loops
     "Compile with numba for all cores, keeping the machine code on disk where a cache folder can be written (ours)."
     return _jit(fn, parallel=True)
 
+
 def inlined(
-    fn, # as for `compiled`
-    reorder:bool=False, # sums may be added up in the order that suits the processor
-): # the same function, on one core, to be called by compiled ones
+    fn,  # as for `compiled`
+    reorder: bool = False,  # sums may be added up in the order that suits the processor
+):  # the same function, on one core, to be called by compiled ones
     "Compile a helper with numba (ours)."
     return _jit(fn, fastmath={"reassoc", "contract", "nsz"}) if reorder else _jit(fn)
 
 # %% ../../nbs/30_cluster/06_dots.ipynb #8da84d72
 def _sum_of_products(a, b):
-    total = 0.
-    for q in range(len(a)): total += np.float64(a[q]) * np.float64(b[q])
+    total = 0.0
+    for q in range(len(a)):
+        total += np.float64(a[q]) * np.float64(b[q])
     return total
 
+
 exact_dot = inlined(_sum_of_products, reorder=True)
-exact_dot.__doc__ = "The dot product of two float32 rows, added up in float64; for use in compiled loops (ours)."
+exact_dot.__doc__ = (
+    "The dot product of two float32 rows, added up in float64; for use in compiled loops (ours)."
+)
+
 
 @compiled
 def _pair_dots(x, rows, cols):
     out = np.empty(len(rows))
-    for p in numba.prange(len(rows)): out[p] = exact_dot(x[rows[p]], x[cols[p]])
+    for p in numba.prange(len(rows)):
+        out[p] = exact_dot(x[rows[p]], x[cols[p]])
     return out
 
 # %% ../../nbs/30_cluster/06_dots.ipynb #eaf94280
 def pair_dots(
-    x:np.ndarray, # `[N, D]` float32 rows
-    rows, # `[P]` first row of each pair
-    cols, # `[P]` second row of each pair
-) -> np.ndarray: # float64 `[P]`, `x[rows[p]] . x[cols[p]]`, the same bits whoever asks and in whatever company
+    x: np.ndarray,  # `[N, D]` float32 rows
+    rows,  # `[P]` first row of each pair
+    cols,  # `[P]` second row of each pair
+) -> (
+    np.ndarray
+):  # float64 `[P]`, `x[rows[p]] . x[cols[p]]`, the same bits whoever asks and in whatever company
     "Dot products of chosen pairs, added up in float64 (ours)."
     x = np.ascontiguousarray(x, np.float32)
     rows, cols = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(cols, np.int64)
-    if rows.shape != cols.shape: raise ValueError(f"rows and cols must be pairs, got {len(rows)} and {len(cols)}")
+    if rows.shape != cols.shape:
+        raise ValueError(f"rows and cols must be pairs, got {len(rows)} and {len(cols)}")
     if len(rows) and not 0 <= min(rows.min(), cols.min()) <= max(rows.max(), cols.max()) < len(x):
-        raise ValueError(f"pairs must name rows 0..{len(x) - 1}, got {min(rows.min(), cols.min())} to {max(rows.max(), cols.max())}")
+        raise ValueError(
+            f"pairs must name rows 0..{len(x) - 1}, got {min(rows.min(), cols.min())} to {max(rows.max(), cols.max())}"
+        )
     return _pair_dots(x, rows, cols)
 
 # %% ../../nbs/30_cluster/06_dots.ipynb #4c94dccd
@@ -63,32 +78,37 @@ def _closest(x, rows, near, k, out, sim):
         found, s, w = 0, sim[r], out[r]
         for a in range(near.shape[1]):
             j = near[r, a]
-            if j < 0: continue
+            if j < 0:
+                continue
             v = np.float32(exact_dot(x[rows[r]], x[j]))
-            if found == k and (v < s[k-1] or (v == s[k-1] and j > w[k-1])): continue
+            if found == k and (v < s[k - 1] or (v == s[k - 1] and j > w[k - 1])):
+                continue
             p = min(found, k - 1)
-            while p > 0 and (s[p-1] < v or (s[p-1] == v and w[p-1] > j)):
-                s[p], w[p] = s[p-1], w[p-1]
+            while p > 0 and (s[p - 1] < v or (s[p - 1] == v and w[p - 1] > j)):
+                s[p], w[p] = s[p - 1], w[p - 1]
                 p -= 1
             s[p], w[p] = v, j
             found = min(found + 1, k)
 
 # %% ../../nbs/30_cluster/06_dots.ipynb #d969d504
 def closest(
-    x:np.ndarray, # `[N, D]` float32 rows
-    rows, # int `[R]` rows that look for neighbours
-    near, # int `[R, C]` candidates of each, none twice; -1 is nobody
-    k:int, # how many are kept
-) -> tuple[np.ndarray, np.ndarray]: # int32 `[R, k]` and float32 `[R, k]`: similarity descending, then row; -1 and -inf where there are too few
+    x: np.ndarray,  # `[N, D]` float32 rows
+    rows,  # int `[R]` rows that look for neighbours
+    near,  # int `[R, C]` candidates of each, none twice; -1 is nobody
+    k: int,  # how many are kept
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # int32 `[R, k]` and float32 `[R, k]`: similarity descending, then row; -1 and -inf where there are too few
     "The `k` candidates of each row that are most similar to it, by the exact similarity (ours)."
     rows, near = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(near, np.int32)
     out, sim = np.full((len(rows), k), -1, np.int32), np.full((len(rows), k), -np.inf, np.float32)
-    if near.size: _closest(np.ascontiguousarray(x, np.float32), rows, near, k, out, sim)
+    if near.size:
+        _closest(np.ascontiguousarray(x, np.float32), rows, near, k, out, sim)
     return out, sim
 
 # %% ../../nbs/30_cluster/06_dots.ipynb #80bc5264
 def slack(
-    d:int, # feature width D
-) -> float: # a float32 cosine of D terms is within this of the true one
+    d: int,  # feature width D
+) -> float:  # a float32 cosine of D terms is within this of the true one
     "Bound on the rounding error of a float32 dot product of unit rows, in any order of addition (Higham, gamma_n)."
-    return 1.1 * d * 2.**-24
+    return 1.1 * d * 2.0**-24

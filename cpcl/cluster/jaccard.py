@@ -32,19 +32,21 @@ def _reciprocal(near, k):
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #2ec6ea66
 def reciprocal(
-    neighbours:np.ndarray, # int `[N, >=k]` from `knn`
-    k:int, # how many columns of it count
-) -> np.ndarray: # int32 `[N, k]`: the neighbours that list the row back, in list order, then -1
+    neighbours: np.ndarray,  # int `[N, >=k]` from `knn`
+    k: int,  # how many columns of it count
+) -> np.ndarray:  # int32 `[N, k]`: the neighbours that list the row back, in list order, then -1
     "k-reciprocal neighbours (Zhong et al. 2017, eq. 3)."
     n, width = neighbours.shape
-    if not 1 <= k <= width: raise ValueError(f"k must lie in 1..{width}, the columns of the neighbour table, got {k}")
-    if not (0 <= neighbours.min() and neighbours.max() < n): raise ValueError(f"neighbours must be rows 0..{n - 1}")
+    if not 1 <= k <= width:
+        raise ValueError(f"k must lie in 1..{width}, the columns of the neighbour table, got {k}")
+    if not (0 <= neighbours.min() and neighbours.max() < n):
+        raise ValueError(f"neighbours must be rows 0..{n - 1}")
     return _reciprocal(np.ascontiguousarray(neighbours, np.int32), k)
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #48e09c2c
 def half_width(
-    k1:int, # width of the full list
-) -> int: # width of the half list
+    k1: int,  # width of the full list
+) -> int:  # width of the half list
     "How many entries of a list make its half: round(k1/2) + 1, half to even, at most k1 (Cluster Contrast's code)."
     return min(int(np.around(k1 / 2)) + 1, k1)
 
@@ -52,13 +54,19 @@ def half_width(
 @inlined
 def _turns(lane, lanes, begin, end):
     for block in range(begin + 64 * lane, end, 64 * lanes):
-        for i in range(block, min(block + 64, end)): yield i
+        for i in range(block, min(block + 64, end)):
+            yield i
+
 
 @compiled
 def _expand(recip, half, lanes, indptr, indices, counts):
     (n, k), fill = recip.shape, len(indices) > 0
     for lane in numba.prange(lanes):
-        mine, joined, out = np.full(n, np.int32(-1)), np.full(n, np.int32(-1)), np.empty(k + k * half.shape[1], np.int32)
+        mine, joined, out = (
+            np.full(n, np.int32(-1)),
+            np.full(n, np.int32(-1)),
+            np.empty(k + k * half.shape[1], np.int32),
+        )
         for i in _turns(lane, lanes, 0, n):
             own = 0
             while own < k and recip[i, own] >= 0:
@@ -78,21 +86,34 @@ def _expand(recip, half, lanes, indptr, indices, counts):
                             out[total] = half[c, h]
                             total += 1
             counts[i] = total
-            if fill: indices[indptr[i]:indptr[i] + total] = out[:total]
+            if fill:
+                indices[indptr[i] : indptr[i] + total] = out[:total]
 
-def _matrix(data, indices, indptr): # int32 pointers while they last: else SciPy would copy the indices
-    return csr_array((data, indices, indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr), shape=(len(indptr) - 1,) * 2)
 
-def _csr(matrix): return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32, copy=False), matrix.data
+def _matrix(data, indices, indptr):  # int32 pointers while they last: else SciPy would copy the indices
+    return csr_array(
+        (data, indices, indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr),
+        shape=(len(indptr) - 1,) * 2,
+    )
+
+
+def _csr(matrix):
+    return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32, copy=False), matrix.data
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #8bffa139
 def expanded_sets(
-    recip:np.ndarray, # int32 `[N, k1]`, `reciprocal(neighbours, k1)`
-    half:np.ndarray, # int32 `[N, h]`, `reciprocal(neighbours, half_width(k1))`
-) -> csr_array: # `[N, N]`, ones where column j is in the expanded set of row i; the row's own reciprocal neighbours first
+    recip: np.ndarray,  # int32 `[N, k1]`, `reciprocal(neighbours, k1)`
+    half: np.ndarray,  # int32 `[N, h]`, `reciprocal(neighbours, half_width(k1))`
+) -> (
+    csr_array
+):  # `[N, N]`, ones where column j is in the expanded set of row i; the row's own reciprocal neighbours first
     "Reciprocal sets widened by the half sets that mostly lie in them (Zhong et al. 2017, eq. 4)."
-    counts, indptr, lanes = np.zeros(len(recip), np.int64), np.zeros(len(recip) + 1, np.int64), numba.get_num_threads()
-    _expand(recip, half, lanes, indptr, np.empty(0, np.int32), counts) # counts only
+    counts, indptr, lanes = (
+        np.zeros(len(recip), np.int64),
+        np.zeros(len(recip) + 1, np.int64),
+        numba.get_num_threads(),
+    )
+    _expand(recip, half, lanes, indptr, np.empty(0, np.int32), counts)  # counts only
     np.cumsum(counts, out=indptr[1:])
     indices = np.empty(indptr[-1], np.int32)
     _expand(recip, half, lanes, indptr, indices, counts)
@@ -102,20 +123,28 @@ def expanded_sets(
 @compiled
 def _weights(x, order, indptr, indices, out):
     for i in numba.prange(len(x)):
-        total = 0.
-        for p in range(indptr[i], indptr[i+1]):
+        total = 0.0
+        for p in range(indptr[i], indptr[i + 1]):
             out[p] = np.exp(2 * exact_dot(x[order[i]], x[order[indices[p]]]) - 2)
             total += out[p]
-        for p in range(indptr[i], indptr[i+1]): out[p] /= total
+        for p in range(indptr[i], indptr[i + 1]):
+            out[p] /= total
+
 
 def weights(
-    features:np.ndarray, # `[N, D]` float32 unit rows
-    sets:csr_array, # `[N, N]` expanded sets, no row empty
-    order:np.ndarray=None, # int `[N]`: row i of `sets` is row order[i] of the features; None: they are in the same order
-) -> csr_array: # V, same places, float64, rows sum to 1
+    features: np.ndarray,  # `[N, D]` float32 unit rows
+    sets: csr_array,  # `[N, N]` expanded sets, no row empty
+    order: np.ndarray = None,  # int `[N]`: row i of `sets` is row order[i] of the features; None: they are in the same order
+) -> csr_array:  # V, same places, float64, rows sum to 1
     "Softmax of minus the squared Euclidean distance over each expanded set (Cluster Contrast's code)."
     out, (indptr, indices, _) = np.empty(sets.nnz), _csr(sets)
-    _weights(np.ascontiguousarray(features, np.float32), np.arange(len(features)) if order is None else order, indptr, indices, out)
+    _weights(
+        np.ascontiguousarray(features, np.float32),
+        np.arange(len(features)) if order is None else order,
+        indptr,
+        indices,
+        out,
+    )
     return csr_array((out, sets.indices, sets.indptr), shape=sets.shape)
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #549b184c
@@ -131,64 +160,77 @@ def _expansion(near, k2, lanes, indptr, indices, data, room, cols, vals, counts)
                     c = indices[p]
                     if place[c] < room[i]:
                         place[c] = end
-                        cols[end], vals[end] = c, 0.
+                        cols[end], vals[end] = c, 0.0
                         end += 1
                     vals[place[c]] += data[p] / k2
             counts[i] = end - room[i]
 
+
 @inlined
 def _close_gaps(room, indptr, cols, vals):
     for i in range(len(indptr) - 1):
-        for p in range(indptr[i+1] - indptr[i]): cols[indptr[i] + p], vals[indptr[i] + p] = cols[room[i] + p], vals[room[i] + p]
+        for p in range(indptr[i + 1] - indptr[i]):
+            cols[indptr[i] + p], vals[indptr[i] + p] = cols[room[i] + p], vals[room[i] + p]
+
 
 def local_expansion(
-    V:csr_array, # `[N, N]` weights
-    neighbours:np.ndarray, # int `[N, k1]` from `knn`
-    k2:int, # how many of them are averaged
-) -> csr_array: # `[N, N]`, rows sum to 1
+    V: csr_array,  # `[N, N]` weights
+    neighbours: np.ndarray,  # int `[N, k1]` from `knn`
+    k2: int,  # how many of them are averaged
+) -> csr_array:  # `[N, N]`, rows sum to 1
     "Mean of the weight vectors of the first k2 neighbours (Zhong et al. 2017, eq. 9)."
     n, k2 = len(neighbours), min(k2, neighbours.shape[1])
-    if k2 == 1 or n == 0: return V
+    if k2 == 1 or n == 0:
+        return V
     near, parts, counts = np.ascontiguousarray(neighbours, np.int32), _csr(V), np.empty(n, np.int64)
     room = np.r_[0, np.cumsum(np.diff(parts[0])[near[:, :k2]].sum(1))]
-    if room[-1] >= 2**31: raise ValueError(f"{n} rows with k2={k2} make {room[-1]} weights, more than 2**31; take a smaller k2")
-    cols, vals = np.full(room[-1], 0, np.int32), np.full(room[-1], 0.) # filled: memory that is touched in order is mapped in large pages
+    if room[-1] >= 2**31:
+        raise ValueError(f"{n} rows with k2={k2} make {room[-1]} weights, more than 2**31; take a smaller k2")
+    cols, vals = (
+        np.full(room[-1], 0, np.int32),
+        np.full(room[-1], 0.0),
+    )  # filled: memory that is touched in order is mapped in large pages
     _expansion(near, k2, numba.get_num_threads(), *parts, room, cols, vals, counts)
     indptr = np.r_[0, np.cumsum(counts)]
     _close_gaps(room, indptr, cols, vals)
-    return _matrix(vals[:indptr[-1]], cols[:indptr[-1]], indptr)
+    return _matrix(vals[: indptr[-1]], cols[: indptr[-1]], indptr)
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #6df28566
-HEADROOM = .05 # delta: the overlap that a row must show within the heavy columns before it gets a closer look
+HEADROOM = (
+    0.05  # delta: the overlap that a row must show within the heavy columns before it gets a closer look
+)
+
 
 @inlined
 def _heavy(vals, enough, order):
-    cut, used, mass, above = vals.max(), 0, 0., np.inf
+    cut, used, mass, above = vals.max(), 0, 0.0, np.inf
     while mass < enough and used < len(vals):
         for p in range(len(vals)):
             if cut <= vals[p] < above:
                 order[used] = p
                 used += 1
                 mass += vals[p]
-        above, cut = cut, .8 * cut if cut > 1e-9 else 0.
+        above, cut = cut, 0.8 * cut if cut > 1e-9 else 0.0
     return used, mass
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #462533c2
 @inlined
 def _sizes(n, cols):
     out = np.zeros(n, np.int64)
-    for c in cols: out[c] += 1
+    for c in cols:
+        out[c] += 1
     return out
+
 
 @compiled
 def _index(indptr, cols, vals, lanes, start, rows, weight):
     n = len(indptr) - 1
     wide = (n + lanes - 1) // lanes
-    for lane in numba.prange(lanes): # a thread fills the lists of its own columns, rows descending
+    for lane in numba.prange(lanes):  # a thread fills the lists of its own columns, rows descending
         low, high = lane * wide, min(lane * wide + wide, n)
-        at = start[low:max(low, high)].copy()
+        at = start[low : max(low, high)].copy()
         for i in range(n - 1, -1, -1):
-            for p in range(indptr[i], indptr[i+1]):
+            for p in range(indptr[i], indptr[i + 1]):
                 if low <= cols[p] < high:
                     q = at[cols[p] - low]
                     rows[q, 0], weight[q, 1] = i, vals[p]
@@ -197,51 +239,71 @@ def _index(indptr, cols, vals, lanes, start, rows, weight):
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #4adb49f7
 @inlined
 def _shared(cols, vals, where, v):
-    m = 0.
+    m = 0.0
     for p in range(len(cols)):
-        if where[cols[p]] >= 0: m += min(vals[p], v[where[cols[p]]])
+        if where[cols[p]] >= 0:
+            m += min(vals[p], v[where[cols[p]]])
     return m
+
 
 @compiled
 def _overlap(begin, lanes, indptr, cols, vals, start, rows, weight, eps, headroom, near, dist, counts):
     n, least, room = len(indptr) - 1, 2 * (1 - eps) / (2 - eps), near.shape[1]
     for lane in numba.prange(lanes):
-        where, part, met, order = np.full(n, np.int32(-1)), np.zeros(n, np.float32), np.empty(n + 1, np.uint32), np.empty(n, np.int32)
+        where, part, met, order = (
+            np.full(n, np.int32(-1)),
+            np.zeros(n, np.float32),
+            np.empty(n + 1, np.uint32),
+            np.empty(n, np.int32),
+        )
         for i in _turns(lane, lanes, begin, begin + len(near)):
-            mine, v, found, kept = cols[indptr[i]:indptr[i+1]], vals[indptr[i]:indptr[i+1]], np.uint64(0), 0
-            for p in range(len(mine)): where[mine[p]] = p
+            mine, v, found, kept = (
+                cols[indptr[i] : indptr[i + 1]],
+                vals[indptr[i] : indptr[i + 1]],
+                np.uint64(0),
+                0,
+            )
+            for p in range(len(mine)):
+                where[mine[p]] = p
             me = np.uint32(i)
             used, mass = _heavy(v, v.sum() - least + headroom, order)
             for u in range(used):
                 c, w = mine[order[u]], np.float32(v[order[u]])
-                for q in range(np.uint64(start[c]), np.uint64(start[c+1])):
+                for q in range(np.uint64(start[c]), np.uint64(start[c + 1])):
                     j = rows[q, 0]
-                    if j < me: break
+                    if j < me:
+                        break
                     before = part[j]
                     met[found] = j
                     found += np.uint64(before == 0)
                     part[j] = before + min(w, weight[q, 1])
-            enough = np.float32(least - (v.sum() - mass) - 1e-5) # 1e-5: more than float32 can be wrong by
+            enough = np.float32(least - (v.sum() - mass) - 1e-5)  # 1e-5: more than float32 can be wrong by
             for t in range(found):
                 j = met[t]
                 if part[j] >= enough:
-                    m = _shared(cols[indptr[j]:indptr[j+1]], vals[indptr[j]:indptr[j+1]], where, v)
-                    d = max(0., 1 - m / (2 - m))
+                    m = _shared(cols[indptr[j] : indptr[j + 1]], vals[indptr[j] : indptr[j + 1]], where, v)
+                    d = max(0.0, 1 - m / (2 - m))
                     if d <= eps:
-                        if kept < room: near[i-begin, kept], dist[i-begin, kept] = j, d
+                        if kept < room:
+                            near[i - begin, kept], dist[i - begin, kept] = j, d
                         kept += 1
                 part[j] = 0
-            counts[i-begin] = kept
-            for p in range(len(mine)): where[mine[p]] = -1
+            counts[i - begin] = kept
+            for p in range(len(mine)):
+                where[mine[p]] = -1
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #b5a62b73
 def overlap_graph(
-    V:csr_array, # `[N, N]` weights >= 0, rows sum to 1
-    eps:float, # the largest distance kept, below 1
-) -> csr_array: # `[N, N]` float64 distances <= eps, explicit zeros and the diagonal included; absent = further
+    V: csr_array,  # `[N, N]` weights >= 0, rows sum to 1
+    eps: float,  # the largest distance kept, below 1
+) -> (
+    csr_array
+):  # `[N, N]` float64 distances <= eps, explicit zeros and the diagonal included; absent = further
     "Sparse Jaccard distance of weight vectors, found through the heavy columns of an inverted index (Cluster Contrast's code, without its N x N)."
-    if not eps < 1: raise ValueError(f"eps must be below 1, the distance of rows that share nothing, got {eps}")
-    if V.shape[0] == 0: return csr_array((0, 0))
+    if not eps < 1:
+        raise ValueError(f"eps must be below 1, the distance of rows that share nothing, got {eps}")
+    if V.shape[0] == 0:
+        return csr_array((0, 0))
     n, lanes, parts = V.shape[0], numba.get_num_threads(), _csr(V)
     start, pairs = np.r_[0, np.cumsum(_sizes(n, parts[1]))], np.full((V.nnz, 2), 0, np.uint32)
     index = start, pairs, pairs.view(np.float32)
@@ -250,12 +312,21 @@ def overlap_graph(
     with progress(total=n, desc="Jaccard distance", unit="row") as bar:
         while begin < n:
             size = min(n - begin, max(1, min(2**14, 2**23 // room)))
-            near, dist, counts = np.empty((size, room), np.int32), np.empty((size, room)), np.empty(size, np.int64)
+            near, dist, counts = (
+                np.empty((size, room), np.int32),
+                np.empty((size, room)),
+                np.empty(size, np.int64),
+            )
             _overlap(begin, lanes, *parts, *index, eps, HEADROOM, near, dist, counts)
-            if counts.max() > room: room = int(counts.max()); continue
+            if counts.max() > room:
+                room = int(counts.max())
+                continue
             kept = np.arange(room) < counts[:, None]
-            found.append((np.repeat(np.arange(begin, begin + size, dtype=np.int32), counts), near[kept], dist[kept]))
-            bar.update(size); begin += size
+            found.append(
+                (np.repeat(np.arange(begin, begin + size, dtype=np.int32), counts), near[kept], dist[kept])
+            )
+            bar.update(size)
+            begin += size
     i, j, d = map(np.concatenate, zip(*found))
     twice = i != j
     graph = csr_array((np.r_[d, d[twice]], (np.r_[i, j[twice]], np.r_[j, i[twice]])), shape=(n, n))
@@ -264,30 +335,35 @@ def overlap_graph(
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #a6a203fe
 def side_by_side(
-    neighbours:np.ndarray, # int `[N, k1]`
-) -> np.ndarray: # int `[N]`, a permutation
+    neighbours: np.ndarray,  # int `[N, k1]`
+) -> np.ndarray:  # int `[N]`, a permutation
     "An order of rows in which each stands near its nearest neighbour (ours)."
     n = len(neighbours)
-    if neighbours.shape[1] < 2: return np.arange(n)
+    if neighbours.shape[1] < 2:
+        return np.arange(n)
     first = np.where(neighbours[:, 0] == np.arange(n), neighbours[:, 1], neighbours[:, 0])
     chains = csr_array((np.ones(n, np.int8), (np.arange(n), first)), shape=(n, n))
     return np.argsort(connected_components(chains, directed=False)[1], kind="stable")
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #3c1d8641
 def jaccard_graph(
-    neighbours:np.ndarray, # int `[N, >=k1]` from `knn`, each row in its own list
-    features:np.ndarray, # `[N, D]` float32 unit rows, the same
-    k1:int=30, # neighbours that count
-    k2:int=6, # rows averaged
-    eps:float=0.6, # largest distance kept, below 1
-) -> csr_array: # `[N, N]` float64 distances <= eps, explicit zeros and the diagonal included
+    neighbours: np.ndarray,  # int `[N, >=k1]` from `knn`, each row in its own list
+    features: np.ndarray,  # `[N, D]` float32 unit rows, the same
+    k1: int = 30,  # neighbours that count
+    k2: int = 6,  # rows averaged
+    eps: float = 0.6,  # largest distance kept, below 1
+) -> csr_array:  # `[N, N]` float64 distances <= eps, explicit zeros and the diagonal included
     "k-reciprocal Jaccard distance as a sparse graph (Zhong et al. 2017, as coded in Cluster Contrast)."
     n, k1 = len(neighbours), min(k1, neighbours.shape[1])
-    if n == 0: return csr_array((0, 0))
+    if n == 0:
+        return csr_array((0, 0))
     if not (neighbours[:, :k1] == np.arange(n)[:, None]).any(1).all():
-        raise ValueError("every row must be among its own first k1 neighbours; knn(features, k1) sees to that")
+        raise ValueError(
+            "every row must be among its own first k1 neighbours; knn(features, k1) sees to that"
+        )
     order = side_by_side(neighbours[:, :k1])
-    place = np.empty(n, np.int32); place[order] = np.arange(n)
+    place = np.empty(n, np.int32)
+    place[order] = np.arange(n)
     near = place[neighbours[order, :k1]]
     sets = expanded_sets(reciprocal(near, k1), reciprocal(near, half_width(k1)))
     graph = overlap_graph(local_expansion(weights(features, sets, order), near, k2), eps).tocoo()
@@ -297,28 +373,38 @@ def jaccard_graph(
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #49585559
 def slow_jaccard(
-    features:np.ndarray, # `[N, D]` unit rows
-    rank:np.ndarray, # int `[N, >=k1]` neighbours, itself included
-    k1:int=30, # neighbours that count
-    k2:int=6, # rows averaged
-) -> np.ndarray: # float64 `[N, N]`, dense: for tests only
+    features: np.ndarray,  # `[N, D]` unit rows
+    rank: np.ndarray,  # int `[N, >=k1]` neighbours, itself included
+    k1: int = 30,  # neighbours that count
+    k2: int = 6,  # rows averaged
+) -> np.ndarray:  # float64 `[N, N]`, dense: for tests only
     "Dense k-reciprocal Jaccard distance, literally (oracle; Cluster Contrast's code)."
-    def _mutual(i, k): forward = rank[i, :k]; return forward[np.where(rank[forward, :k] == i)[0]]
-    n = len(features); k1, k2, x = min(k1, n), min(k2, n), features.astype("float64"); rank = rank[:, :k1]
+
+    def _mutual(i, k):
+        forward = rank[i, :k]
+        return forward[np.where(rank[forward, :k] == i)[0]]
+
+    n = len(features)
+    k1, k2, x = min(k1, n), min(k2, n), features.astype("float64")
+    rank = rank[:, :k1]
     full = [_mutual(i, k1) for i in range(n)]
     half = [_mutual(i, min(int(np.around(k1 / 2)) + 1, k1)) for i in range(n)]
     V = np.zeros((n, n))
     for i in range(n):
         grown = full[i]
         for c in full[i]:
-            if len(np.intersect1d(half[c], full[i])) > 2/3 * len(half[c]): grown = np.append(grown, half[c])
+            if len(np.intersect1d(half[c], full[i])) > 2 / 3 * len(half[c]):
+                grown = np.append(grown, half[c])
         grown = np.unique(grown)
-        e = np.exp(-(2 - 2 * x[grown] @ x[i])); V[i, grown] = e / e.sum()
-    if k2 != 1: V = np.stack([V[rank[i, :k2]].mean(0) for i in range(n)])
+        e = np.exp(-(2 - 2 * x[grown] @ x[i]))
+        V[i, grown] = e / e.sum()
+    if k2 != 1:
+        V = np.stack([V[rank[i, :k2]].mean(0) for i in range(n)])
     inverted = [np.where(V[:, c] != 0)[0] for c in range(n)]
     J = np.zeros((n, n))
     for i in range(n):
         least = np.zeros(n)
-        for c in np.where(V[i] != 0)[0]: least[inverted[c]] += np.minimum(V[i, c], V[inverted[c], c])
+        for c in np.where(V[i] != 0)[0]:
+            least[inverted[c]] += np.minimum(V[i, c], V[inverted[c], c])
         J[i] = 1 - least / (2 - least)
     return np.maximum(J, 0)

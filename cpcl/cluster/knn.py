@@ -14,34 +14,43 @@ from .dots import closest, pair_dots, slack
 from .tiles import tiled_knn
 
 # %% ../../nbs/30_cluster/01_knn.ipynb #f47e25dd
-EXTRA = 8 # candidates beyond k: room for those that float32 cannot tell apart
+EXTRA = 8  # candidates beyond k: room for those that float32 cannot tell apart
+
 
 def _faiss_knn(x, rows, wide):
     "Proposals of faiss's flat index on the CPU: (rough similarity, row), best first."
-    import faiss # only when needed, and after torch
+    import faiss  # only when needed, and after torch
+
     return faiss.knn(x[rows], x, wide, metric=faiss.METRIC_INNER_PRODUCT)
+
 
 def _proposed_knn(x, rows, k, propose):
     "Neighbours of some rows from a library's proposals, and where they are sure."
-    near, sim, sure = np.empty((len(rows), k), np.int32), np.empty((len(rows), k), np.float32), np.empty(len(rows), bool)
+    near, sim, sure = (
+        np.empty((len(rows), k), np.int32),
+        np.empty((len(rows), k), np.float32),
+        np.empty(len(rows), bool),
+    )
     wide = min(k + EXTRA, len(x))
     for s in progress(range(0, len(rows), 4096), "neighbours", unit="block"):
-        some = rows[s:s+4096]
+        some = rows[s : s + 4096]
         rough, found = propose(x, some, wide)
-        near[s:s+4096], sim[s:s+4096] = closest(x, some, found, k)
-        sure[s:s+4096] = (sim[s:s+4096, -1] > rough[:, -1] + slack(x.shape[1])) | (wide == len(x))
+        near[s : s + 4096], sim[s : s + 4096] = closest(x, some, found, k)
+        sure[s : s + 4096] = (sim[s : s + 4096, -1] > rough[:, -1] + slack(x.shape[1])) | (wide == len(x))
     return near, sim, sure
 
 # %% ../../nbs/30_cluster/01_knn.ipynb #4f359a99
 def _again(x, rows, k):
     "Exact neighbours of a few rows, against all others; slower, and certain with any number of ties."
     near, sim = np.empty((len(rows), k), np.int32), np.empty((len(rows), k), np.float32)
-    step, X = max(1, 2**24 // len(x)), torch.from_numpy(x) # 64 MiB of similarities at a time
+    step, X = max(1, 2**24 // len(x)), torch.from_numpy(x)  # 64 MiB of similarities at a time
     for s in progress(range(0, len(rows), step), "neighbours with many ties", unit="block"):
-        rough = (X[torch.from_numpy(rows[s:s+step])] @ X.T)
+        rough = X[torch.from_numpy(rows[s : s + step])] @ X.T
         floor = rough.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True) - 2 * slack(x.shape[1])
         for r, could in enumerate((rough >= floor).numpy()):
-            near[s+r:s+r+1], sim[s+r:s+r+1] = closest(x, rows[s+r:s+r+1], np.flatnonzero(could)[None], k)
+            near[s + r : s + r + 1], sim[s + r : s + r + 1] = closest(
+                x, rows[s + r : s + r + 1], np.flatnonzero(could)[None], k
+            )
     return near, sim
 
 # %% ../../nbs/30_cluster/01_knn.ipynb #923f3cd6
@@ -56,19 +65,27 @@ def _torch_knn(X, rows, wide):
     "Proposals of torch's top-k over blocks of the float32 product, on X's device."
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    try: rough, found = (X[torch.as_tensor(rows, device=X.device)] @ X.T).topk(wide, dim=1)
-    finally: torch.set_float32_matmul_precision(before)
+    try:
+        rough, found = (X[torch.as_tensor(rows, device=X.device)] @ X.T).topk(wide, dim=1)
+    finally:
+        torch.set_float32_matmul_precision(before)
     return rough.cpu().numpy(), found.cpu().numpy()
 
-def _faiss_gpu(
-): # (X, rows, wide) -> proposals
+
+def _faiss_gpu():  # (X, rows, wide) -> proposals
     "faiss on the GPU; it raises where this build of it has no code for this GPU."
     import faiss, faiss.contrib.torch_utils
+
     resources = faiss.StandardGpuResources()
+
     def _propose(X, rows, wide):
-        rough, found = faiss.knn_gpu(resources, X[torch.as_tensor(rows, device=X.device)], X, wide, metric=faiss.METRIC_INNER_PRODUCT)
+        rough, found = faiss.knn_gpu(
+            resources, X[torch.as_tensor(rows, device=X.device)], X, wide, metric=faiss.METRIC_INNER_PRODUCT
+        )
         return rough.cpu().numpy(), found.cpu().numpy()
+
     return _propose
+
 
 def _device_knn(X, k):
     "Neighbours of all rows of a tensor, from faiss on its GPU if that works there, else from torch's top-k."
@@ -79,17 +96,20 @@ def _device_knn(X, k):
             on_gpu = _faiss_gpu()
             on_gpu(X[:64], np.arange(min(64, len(X))), 1)
             propose = on_gpu
-        except (ImportError, AttributeError, RuntimeError, AssertionError): pass # faiss-cpu, or built for older GPUs
+        except (ImportError, AttributeError, RuntimeError, AssertionError):
+            pass  # faiss-cpu, or built for older GPUs
     return _proposed_knn(x, rows, k, lambda _, some, wide: propose(X, some, wide))
 
 # %% ../../nbs/30_cluster/01_knn.ipynb #d1ca4d49
 def _approximate(x, k, sample=1000):
     "Neighbours from an inverted file, and their recall on a sample."
     import faiss
-    cells = max(1, min(int(4 * len(x)**.5), len(x) // 40))
+
+    cells = max(1, min(int(4 * len(x) ** 0.5), len(x) // 40))
     index = faiss.index_factory(x.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed, index.nprobe = 1, 16
-    index.train(x[np.random.default_rng(0).permutation(len(x))[:64 * cells]]); index.add(x)
+    index.train(x[np.random.default_rng(0).permutation(len(x))[: 64 * cells]])
+    index.add(x)
     near, sim, _ = _proposed_knn(x, np.arange(len(x)), k, lambda x, rows, wide: index.search(x[rows], wide))
     rows = np.random.default_rng(0).permutation(len(x))[:sample]
     true = _proposed_knn(x, rows, k, _faiss_knn)[0]
@@ -97,38 +117,52 @@ def _approximate(x, k, sample=1000):
 
 # %% ../../nbs/30_cluster/01_knn.ipynb #0119bdd4
 def knn(
-    features, # `[N, D]` float32 unit rows: a NumPy array, or a tensor, which is searched on its device
-    k:int, # neighbours a row, itself included; more than N gives N
-    search:str="exact", # "exact", or "approximate": quicker for very many rows, and some neighbours are missed
-    notes:dict=None, # receives what is worth telling: `redone` rows, or `recall` from 0 to 1
-) -> tuple[np.ndarray, np.ndarray]: # (neighbours int32 `[N, k]`, sim float32 `[N, k]`): similarity descending, then row ascending
+    features,  # `[N, D]` float32 unit rows: a NumPy array, or a tensor, which is searched on its device
+    k: int,  # neighbours a row, itself included; more than N gives N
+    search: str = "exact",  # "exact", or "approximate": quicker for very many rows, and some neighbours are missed
+    notes: dict = None,  # receives what is worth telling: `redone` rows, or `recall` from 0 to 1
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (neighbours int32 `[N, k]`, sim float32 `[N, k]`): similarity descending, then row ascending
     "The `k` most similar rows of every row, in a certain order (first step of Cluster Contrast's Jaccard distance)."
-    if k < 1: raise ValueError(f"k must be at least 1 (a row is its own neighbour), got {k}")
-    if search not in ("exact", "approximate"): raise UserError(f'search must be "exact" or "approximate", got {search!r}')
+    if k < 1:
+        raise ValueError(f"k must be at least 1 (a row is its own neighbour), got {k}")
+    if search not in ("exact", "approximate"):
+        raise UserError(f'search must be "exact" or "approximate", got {search!r}')
     on_device = torch.is_tensor(features) and features.device.type != "cpu"
     x = features.detach().cpu().numpy() if torch.is_tensor(features) else np.asarray(features)
     x = np.ascontiguousarray(check_features(x), np.float32)
     n, k, notes = len(x), min(k, len(x)), {} if notes is None else notes
-    if n == 0: return np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
+    if n == 0:
+        return np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
     if search == "approximate":
         near, sim, notes["recall"] = _approximate(x, k)
     else:
         near, sim, sure = _device_knn(features.float(), k) if on_device else tiled_knn(x, k)
-        for method in (lambda rows: _proposed_knn(x, rows, k, _faiss_knn), lambda rows: (*_again(x, rows, k), True)):
+        for method in (
+            lambda rows: _proposed_knn(x, rows, k, _faiss_knn),
+            lambda rows: (*_again(x, rows, k), True),
+        ):
             rows = np.flatnonzero(~sure)
             notes.setdefault("redone", len(rows))
-            if len(rows): near[rows], sim[rows], sure[rows] = method(rows)
+            if len(rows):
+                near[rows], sim[rows], sure[rows] = method(rows)
     _itself_in(x, near, sim)
     return near, sim
 
 # %% ../../nbs/30_cluster/01_knn.ipynb #b1384973
 def slow_knn(
-    features:np.ndarray, # `[N, D]` unit rows
-    k:int, # neighbours a row, itself included
-) -> tuple[np.ndarray, np.ndarray]: # neighbours and similarities as `knn` gives them, from a dense product: for tests only
+    features: np.ndarray,  # `[N, D]` unit rows
+    k: int,  # neighbours a row, itself included
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # neighbours and similarities as `knn` gives them, from a dense product: for tests only
     "The neighbour table by its definition (oracle of `knn`)."
-    x = features.astype("float64"); sim = (x @ x.T).astype("float32"); n, k = len(x), min(k, len(x))
+    x = features.astype("float64")
+    sim = (x @ x.T).astype("float32")
+    n, k = len(x), min(k, len(x))
     near = np.array([np.lexsort((np.arange(n), -sim[i]))[:k] for i in range(n)]).reshape(n, k)
     for i in range(n):
-        if i not in near[i]: near[i, -1] = i
+        if i not in near[i]:
+            near[i, -1] = i
     return near, np.take_along_axis(sim, near, 1)

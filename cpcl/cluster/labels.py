@@ -18,83 +18,118 @@ from .knn import knn
 
 # %% ../../nbs/30_cluster/00_labels.ipynb #0dc7c79a
 LABELLERS = {"dbscan": dbscan, "hdbscan": hdbscan}
-LARGEST_EPS = .9 # what `eps="auto"` chooses below: rows further apart than this share less than a fifth of their weight
+LARGEST_EPS = 0.9  # what `eps="auto"` chooses below: rows further apart than this share less than a fifth of their weight
+
 
 @dataclass(frozen=True)
 class ClusterConfig:
     "Settings of the pseudo labels (defaults: SpCL, Cluster Contrast, ICPG)."
-    k1:int = 30 # neighbours a row, itself included
-    k2:int = 6 # rows averaged in the local query expansion; 1 turns it off
-    eps:float | str = 0.6 # largest Jaccard distance of DBSCAN neighbours, between 0 and 1; "auto": chosen from the data
-    min_samples:int = 4 # rows within eps, itself included, that make a core row
-    search:str = "exact" # neighbours: "exact" or "approximate"
-    labeller:str = "dbscan" # "dbscan" or "hdbscan"
+
+    k1: int = 30  # neighbours a row, itself included
+    k2: int = 6  # rows averaged in the local query expansion; 1 turns it off
+    eps: float | str = (
+        0.6  # largest Jaccard distance of DBSCAN neighbours, between 0 and 1; "auto": chosen from the data
+    )
+    min_samples: int = 4  # rows within eps, itself included, that make a core row
+    search: str = "exact"  # neighbours: "exact" or "approximate"
+    labeller: str = "dbscan"  # "dbscan" or "hdbscan"
+
     def __post_init__(self):
         for name in ("k1", "k2", "min_samples"):
             v = getattr(self, name)
             if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1:
-                raise UserError(f"{name} must be a whole number of rows, at least 1 (the row itself counts), got {v!r}")
+                raise UserError(
+                    f"{name} must be a whole number of rows, at least 1 (the row itself counts), got {v!r}"
+                )
         if self.eps != "auto" and (isinstance(self.eps, str) or not 0 < self.eps < 1):
-            raise UserError(f'eps must lie between 0 and 1 or be "auto": the Jaccard distance of strangers is 1, so eps=1 makes all one cluster; got {self.eps!r}')
+            raise UserError(
+                f'eps must lie between 0 and 1 or be "auto": the Jaccard distance of strangers is 1, so eps=1 makes all one cluster; got {self.eps!r}'
+            )
         for name, known in (("search", ("exact", "approximate")), ("labeller", tuple(LABELLERS))):
-            if getattr(self, name) not in known: raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 # %% ../../nbs/30_cluster/00_labels.ipynb #08da02d7
 @dataclass(frozen=True)
 class ClusterReport:
     "What a clustering did, in numbers; `str` makes a line of it (ours)."
-    rows:int # N
-    k1:int # neighbours a row
-    eps:float # the radius used
-    clusters:int # K
-    outliers:int # rows labelled -1
-    seconds:dict # by stage: neighbours, Jaccard, labels
-    memory:int # bytes, the process's peak so far
-    notes:dict # of the neighbour search: `redone` rows, or `recall`
+
+    rows: int  # N
+    k1: int  # neighbours a row
+    eps: float  # the radius used
+    clusters: int  # K
+    outliers: int  # rows labelled -1
+    seconds: dict  # by stage: neighbours, Jaccard, labels
+    memory: int  # bytes, the process's peak so far
+    notes: dict  # of the neighbour search: `redone` rows, or `recall`
+
     def __str__(self):
         rate = self.rows * self.k1 / max(self.seconds["neighbours"], 1e-9)
         text = f"{self.rows:,} rows at {rate / 1e6:.1f} M neighbours/s: {self.clusters:,} clusters, {self.outliers:,} outliers ({self.outliers / max(self.rows, 1):.0%}) at eps {self.eps:.2f}; "
-        text += ", ".join(f"{name} {s:.2f} s" for name, s in self.seconds.items()) + f"; peak {self.memory / 2**30:.1f} GiB"
-        if "recall" in self.notes: text += f"; approximate neighbours, recall {self.notes['recall']:.3f}"
-        if self.notes.get("redone"): text += f"; {self.notes['redone']:,} rows searched again (near ties)"
+        text += (
+            ", ".join(f"{name} {s:.2f} s" for name, s in self.seconds.items())
+            + f"; peak {self.memory / 2**30:.1f} GiB"
+        )
+        if "recall" in self.notes:
+            text += f"; approximate neighbours, recall {self.notes['recall']:.3f}"
+        if self.notes.get("redone"):
+            text += f"; {self.notes['redone']:,} rows searched again (near ties)"
         return text
 
 # %% ../../nbs/30_cluster/00_labels.ipynb #3c80221c
 def pseudo_labels(
-    features, # `[N, D]` float32 unit rows of one modality: a NumPy array, or a tensor, whose neighbours are searched on its device
-    k1:int=30, # neighbours a row, itself included
-    k2:int=6, # rows averaged in the local query expansion; 1 turns it off
-    eps:float|str=0.6, # largest Jaccard distance of neighbours, between 0 and 1, or "auto"
-    min_samples:int=4, # rows within eps, itself included, that make a core row
-    search:str="exact", # "exact" or "approximate" neighbours
-    labeller:str="dbscan", # "dbscan" or "hdbscan"
-    say=None, # receives the `ClusterReport`; `print` prints its line
-) -> np.ndarray: # int64 `[N]`: -1 outlier, else 0..K-1 without gaps
+    features,  # `[N, D]` float32 unit rows of one modality: a NumPy array, or a tensor, whose neighbours are searched on its device
+    k1: int = 30,  # neighbours a row, itself included
+    k2: int = 6,  # rows averaged in the local query expansion; 1 turns it off
+    eps: float | str = 0.6,  # largest Jaccard distance of neighbours, between 0 and 1, or "auto"
+    min_samples: int = 4,  # rows within eps, itself included, that make a core row
+    search: str = "exact",  # "exact" or "approximate" neighbours
+    labeller: str = "dbscan",  # "dbscan" or "hdbscan"
+    say=None,  # receives the `ClusterReport`; `print` prints its line
+) -> np.ndarray:  # int64 `[N]`: -1 outlier, else 0..K-1 without gaps
     "Cluster the rows of one modality: neighbours, Jaccard distance, DBSCAN; raises UserError for bad settings (CPCL's pseudo label generation)."
     cfg, watch, notes = ClusterConfig(k1, k2, eps, min_samples, search, labeller), Stopwatch(), {}
-    with watch("neighbours"): neighbours, _ = knn(features, cfg.k1, cfg.search, notes)
+    with watch("neighbours"):
+        neighbours, _ = knn(features, cfg.k1, cfg.search, notes)
     x = features.detach().cpu().numpy() if torch.is_tensor(features) else np.asarray(features)
-    with watch("Jaccard"): graph = jaccard_graph(neighbours, x, cfg.k1, cfg.k2, LARGEST_EPS if cfg.eps == "auto" else cfg.eps)
+    with watch("Jaccard"):
+        graph = jaccard_graph(neighbours, x, cfg.k1, cfg.k2, LARGEST_EPS if cfg.eps == "auto" else cfg.eps)
     with watch("labels"):
         radius = auto_eps(graph, cfg.min_samples) if cfg.eps == "auto" else cfg.eps
         labels = LABELLERS[cfg.labeller](graph, radius, cfg.min_samples)
-    if say: say(ClusterReport(len(x), neighbours.shape[1], radius, int(labels.max(initial=-1)) + 1, int((labels < 0).sum()), watch.seconds, peak_memory(), notes))
+    if say:
+        say(
+            ClusterReport(
+                len(x),
+                neighbours.shape[1],
+                radius,
+                int(labels.max(initial=-1)) + 1,
+                int((labels < 0).sum()),
+                watch.seconds,
+                peak_memory(),
+                notes,
+            )
+        )
     return labels
 
 # %% ../../nbs/30_cluster/00_labels.ipynb #b8d2848c
 def cluster_images(
-    img, # `[N, D]` float32 unit rows, one a unique image: array or tensor
-    image_of:np.ndarray, # int64 `[M]`, a(j): the image row of caption j; used by unit="pair"
-    cfg:ClusterConfig=ClusterConfig(), # k1, k2, eps, min_samples, in the counting of `unit`
-    unit:str="image", # "image": an image counts once; "pair": once a caption, as published
-    say=None, # receives the `ClusterReport`
-) -> np.ndarray: # int64 `[N]`: -1 outlier, else 0..K-1 without gaps
+    img,  # `[N, D]` float32 unit rows, one a unique image: array or tensor
+    image_of: np.ndarray,  # int64 `[M]`, a(j): the image row of caption j; used by unit="pair"
+    cfg: ClusterConfig = ClusterConfig(),  # k1, k2, eps, min_samples, in the counting of `unit`
+    unit: str = "image",  # "image": an image counts once; "pair": once a caption, as published
+    say=None,  # receives the `ClusterReport`
+) -> np.ndarray:  # int64 `[N]`: -1 outlier, else 0..K-1 without gaps
     "Pseudo labels of the images, in our counting or in the published one (ICPG, CLPC; their misalignment mended)."
-    if unit == "image": return pseudo_labels(img, **vars(cfg), say=say)
-    if unit != "pair": raise UserError(f'unit must be "image" or "pair", got {unit!r}')
+    if unit == "image":
+        return pseudo_labels(img, **vars(cfg), say=say)
+    if unit != "pair":
+        raise UserError(f'unit must be "image" or "pair", got {unit!r}')
     image_of = np.asarray(image_of)
     if len(image_of) and not 0 <= image_of.min() <= image_of.max() < len(img):
-        raise ValueError(f"image_of must name image rows 0..{len(img) - 1}, got {image_of.min()} to {image_of.max()}")
+        raise ValueError(
+            f"image_of must name image rows 0..{len(img) - 1}, got {image_of.min()} to {image_of.max()}"
+        )
     by_pair = pseudo_labels(img[image_of], **vars(cfg), say=say)
     none = np.iinfo(np.int64).max
     labels = np.full(len(img), none)

@@ -14,44 +14,56 @@ from ..core import progress
 from .dots import closest, compiled, inlined, slack
 
 # %% ../../nbs/30_cluster/07_tiles.ipynb #205fab06
-def fast_bf16(
-) -> bool: # whether a bfloat16 product is much quicker than a float32 one here
+def fast_bf16() -> bool:  # whether a bfloat16 product is much quicker than a float32 one here
     "Does this processor multiply bfloat16 matrices in hardware (AMX or AVX512-BF16)? (ours)"
-    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(
+        getattr(torch.cpu, name, lambda: False)()
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
 
-def _partners(rough): # (z, n, n, 1, 1) -> (z, 1, 1, n, n)
+
+def _partners(rough):  # (z, n, n, 1, 1) -> (z, 1, 1, n, n)
     out = rough.clone()
     out[:, -4:] = rough[:, [-2, -1, -4, -3]]
     return out
 
 # %% ../../nbs/30_cluster/07_tiles.ipynb #4e45fc87
 def centred(
-    x:torch.Tensor, # `[N, D]` float32 rows
-    dtype:torch.dtype, # torch.bfloat16 or torch.float32: what will be multiplied
-) -> tuple[torch.Tensor, np.ndarray, float]: # rows `[N32, D + 4]` of `dtype`, N32 the next multiple of 32, the last ones zero; bound float64 `[N]`; shift
+    x: torch.Tensor,  # `[N, D]` float32 rows
+    dtype: torch.dtype,  # torch.bfloat16 or torch.float32: what will be multiplied
+) -> tuple[
+    torch.Tensor, np.ndarray, float
+]:  # rows `[N32, D + 4]` of `dtype`, N32 the next multiple of 32, the last ones zero; bound float64 `[N]`; shift
     "Rows whose products are the similarities less `shift`, each within its bound before the last rounding (Cauchy-Schwarz and `slack`; ours)."
     (n, d), mean = x.shape, x.mean(0, dtype=torch.float64)
     rough, shift = torch.zeros(-(-n // 32) * 32, d + 4, dtype=dtype), float(mean @ mean)
     off, length, short, left, size = (torch.empty(n, dtype=torch.float64) for _ in range(5))
     for s in range(0, n, 4096):
-        here, a = slice(s, min(s + 4096, n)), x[s:s+4096].double()
+        here, a = slice(s, min(s + 4096, n)), x[s : s + 4096].double()
         z, m = a - mean, a @ mean - shift
         high = m.to(dtype)
         low = (m - high.double()).to(dtype)
-        rough[here, :d], rough[here, d], rough[here, d+1], rough[here, d+2:] = z.to(dtype), high, low, 1
+        rough[here, :d], rough[here, d], rough[here, d + 1], rough[here, d + 2 :] = z.to(dtype), high, low, 1
         b = rough[here, :d].double()
         off[here], length[here], short[here] = (z - b).norm(dim=1), z.norm(dim=1), b.norm(dim=1)
         left[here], size[here] = (m - high.double() - low.double()).abs(), m.abs()
     rounding = off * length.max() + short * off.max() + left + left.max()
-    return rough, (rounding + slack(d + 4) * (short * short.max() + size + size.max()) + 2**-23).numpy(), shift
+    return (
+        rough,
+        (rounding + slack(d + 4) * (short * short.max() + size + size.max()) + 2**-23).numpy(),
+        shift,
+    )
 
 # %% ../../nbs/30_cluster/07_tiles.ipynb #7c619f44
 @inlined
-def _value(key): return np.array([np.uint32(key) << np.uint32(16)], np.uint32).view(np.float32)[0]
+def _value(key):
+    return np.array([np.uint32(key) << np.uint32(16)], np.uint32).view(np.float32)[0]
+
 
 @inlined
 def _floor(key, bound):
-    if key <= 1: return np.int16(1)
+    if key <= 1:
+        return np.int16(1)
     v = _value(key - 1) - np.float32(2 * bound) * np.float32(1 + 1e-6)
     return np.int16(np.array([v], np.float32).view(np.uint32)[0] >> np.uint32(16)) if v > 0 else np.int16(1)
 
@@ -62,16 +74,22 @@ def _best_first(a, size, k):
     while lo < hi:
         pivot, l, r = a[(lo + hi) // 2], lo, hi
         while l <= r:
-            while a[l] > pivot: l += 1
-            while a[r] < pivot: r -= 1
+            while a[l] > pivot:
+                l += 1
+            while a[r] < pivot:
+                r -= 1
             if l <= r:
                 a[l], a[r] = a[r], a[l]
                 l += 1
                 r -= 1
-        if k - 1 <= r: hi = r
-        elif k - 1 >= l: lo = l
-        else: break
-    return a[k-1]
+        if k - 1 <= r:
+            hi = r
+        elif k - 1 >= l:
+            lo = l
+        else:
+            break
+    return a[k - 1]
+
 
 @inlined
 def _prune(a, size, k, bound):
@@ -83,33 +101,40 @@ def _prune(a, size, k, bound):
     return m, floor
 
 # %% ../../nbs/30_cluster/07_tiles.ipynb #40b4b49d
-HIGH, ONES = np.int64(-0x7fff7fff7fff8000), np.int64(0x0001000100010001)
+HIGH, ONES = np.int64(-0x7FFF7FFF7FFF8000), np.int64(0x0001000100010001)
+
 
 @inlined
 def _hit_row(words, w, floors):
     found = np.int64(0)
-    for c in range(8): found |= ((words[w+c] | HIGH) - floors) & ~words[w+c]
+    for c in range(8):
+        found |= ((words[w + c] | HIGH) - floors) & ~words[w + c]
     return (found & HIGH) != 0
+
 
 @inlined
 def _hit_cols(words, w, floors):
     found = np.int64(0)
-    for c in range(8): found |= ((words[w+c] | HIGH) - floors[w+c]) & ~words[w+c]
+    for c in range(8):
+        found |= ((words[w + c] | HIGH) - floors[w + c]) & ~words[w + c]
     return (found & HIGH) != 0
 
 # %% ../../nbs/30_cluster/07_tiles.ipynb #227620df
-CLOSED = np.int16(32767) # a floor that nothing reaches
+CLOSED = np.int16(32767)  # a floor that nothing reaches
+
 
 @inlined
 def _offer(lists, size, floor, bound, i, k, key, j):
     m, room = size[i], lists.shape[1]
     if m == room:
         m, floor[i] = _prune(lists[i], m, k, bound[i])
-        if m == room: m, floor[i] = room + 1, CLOSED
+        if m == room:
+            m, floor[i] = room + 1, CLOSED
         size[i] = m
     if key >= floor[i]:
         lists[i, m] = (np.int64(key) << 32) | j
         size[i] = m + 1
+
 
 @compiled
 def _rows_of(S, i0, j0, first, k, bound, lists, size, floor):
@@ -118,28 +143,36 @@ def _rows_of(S, i0, j0, first, k, bound, lists, size, floor):
         i = i0 + r
         if first and S.shape[1] // width >= k:
             tops = np.empty(S.shape[1] // width, np.int16)
-            for b in range(len(tops)): tops[b] = S[r, b*width:(b+1)*width].max()
+            for b in range(len(tops)):
+                tops[b] = S[r, b * width : (b + 1) * width].max()
             floor[i] = _floor(_best_first(tops, len(tops), k), bound[i])
         for b in range(0, S.shape[1], 32):
             if _hit_row(words[r], b // 4, floor[i] * ONES):
                 for c in range(b, b + 32):
-                    if S[r, c] >= floor[i]: _offer(lists, size, floor, bound, i, k, S[r, c], j0 + c)
+                    if S[r, c] >= floor[i]:
+                        _offer(lists, size, floor, bound, i, k, S[r, c], j0 + c)
+
 
 @compiled
 def _columns_of(S, i0, j0, lanes, k, bound, lists, size, floor):
-    words, floors = S.view(np.int64), floor[j0:j0+S.shape[1]].view(np.int64)
+    words, floors = S.view(np.int64), floor[j0 : j0 + S.shape[1]].view(np.int64)
     wide = (S.shape[1] // 32 + lanes - 1) // lanes * 32
     for lane in numba.prange(lanes):
         for r in range(len(S)):
             for b in range(lane * wide, min((lane + 1) * wide, S.shape[1]), 32):
                 if _hit_cols(words[r], b // 4, floors):
                     for c in range(b, b + 32):
-                        if S[r, c] >= floor[j0+c]: _offer(lists, size, floor, bound, j0 + c, k, S[r, c], i0 + r)
+                        if S[r, c] >= floor[j0 + c]:
+                            _offer(lists, size, floor, bound, j0 + c, k, S[r, c], i0 + r)
 
 # %% ../../nbs/30_cluster/07_tiles.ipynb #fdbef824
 def _settle(x, k, bound, shift, lists, size, floor):
     "Exact order within the lists, and the certificate; 32,768 rows at a time."
-    near, sim, sure = np.empty((len(x), k), np.int32), np.empty((len(x), k), np.float32), np.empty(len(x), bool)
+    near, sim, sure = (
+        np.empty((len(x), k), np.int32),
+        np.empty((len(x), k), np.float32),
+        np.empty(len(x), bool),
+    )
     for s in range(0, len(x), 2**15):
         rows = np.arange(s, min(s + 2**15, len(x)))
         proposed = _pruned(rows, k, bound, lists, size, floor)
@@ -147,6 +180,7 @@ def _settle(x, k, bound, shift, lists, size, floor):
         least = torch.from_numpy(floor[rows]).view(torch.bfloat16).double().numpy() + bound[rows] + shift
         sure[rows] = (sim[rows, -1] >= least) & (size[rows] <= lists.shape[1])
     return near, sim, sure
+
 
 @compiled
 def _pruned(rows, k, bound, lists, size, floor):
@@ -157,29 +191,42 @@ def _pruned(rows, k, bound, lists, size, floor):
         if m >= k:
             m, f = _prune(lists[i], m, k, bound[i])
             floor[i] = max(f, floor[i])
-        for p in range(m): out[r, p] = lists[i, p] & 0xffffffff
+        for p in range(m):
+            out[r, p] = lists[i, p] & 0xFFFFFFFF
     return out
 
 # %% ../../nbs/30_cluster/07_tiles.ipynb #00ae0787
 def tiled_knn(
-    x:np.ndarray, # `[N, D]` float32 unit rows
-    k:int, # neighbours a row, itself included, at most N
-    half:bool=None, # multiply in bfloat16 (True), in float32 (False), or whichever is quicker here (None)
-    tile:int=2048, # rows and columns of a tile, a multiple of 32
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # neighbours int32 `[N, k]`, sim float32 `[N, k]`, sure bool `[N]`: False where it proves nothing
+    x: np.ndarray,  # `[N, D]` float32 unit rows
+    k: int,  # neighbours a row, itself included, at most N
+    half: bool = None,  # multiply in bfloat16 (True), in float32 (False), or whichever is quicker here (None)
+    tile: int = 2048,  # rows and columns of a tile, a multiple of 32
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # neighbours int32 `[N, k]`, sim float32 `[N, k]`, sure bool `[N]`: False where it proves nothing
     "Nearest neighbours from half the product, certified row by row (ours)."
-    if tile % 32 or tile < 32: raise ValueError(f"tile must be a multiple of 32, got {tile}")
+    if tile % 32 or tile < 32:
+        raise ValueError(f"tile must be a multiple of 32, got {tile}")
     n, X = len(x), torch.from_numpy(np.ascontiguousarray(x, np.float32))
-    rough, bound, shift = centred(X, torch.bfloat16 if (fast_bf16() if half is None else half) else torch.float32)
+    rough, bound, shift = centred(
+        X, torch.bfloat16 if (fast_bf16() if half is None else half) else torch.float32
+    )
     lists = np.empty((n, 32 * -(-4 * k // 32)), np.int64)
     size, floor = np.zeros(n, np.int64), np.full(len(rough), CLOSED)
-    floor[:n] = 1 # rows of zeros fill the last tile: their products are 0, which is below every floor
+    floor[:n] = 1  # rows of zeros fill the last tile: their products are 0, which is below every floor
     starts, room = range(0, len(rough), tile), torch.empty(tile * tile, dtype=rough.dtype)
     todo = [(i, i) for i in starts] + [(i, j) for i in starts for j in starts if j > i]
     for i, j in progress(todo, "neighbours", unit="tile"):
-        if j == i or j == i + tile: a = _partners(rough[i:i+tile])
-        b = rough[j:j+tile]
-        S = torch.mm(a, b.T, out=room[:len(a) * len(b)].view(len(a), len(b))).bfloat16().view(torch.int16).numpy()
+        if j == i or j == i + tile:
+            a = _partners(rough[i : i + tile])
+        b = rough[j : j + tile]
+        S = (
+            torch.mm(a, b.T, out=room[: len(a) * len(b)].view(len(a), len(b)))
+            .bfloat16()
+            .view(torch.int16)
+            .numpy()
+        )
         _rows_of(S, i, j, i == j, k, bound, lists, size, floor)
-        if j > i: _columns_of(S, i, j, numba.get_num_threads(), k, bound, lists, size, floor)
+        if j > i:
+            _columns_of(S, i, j, numba.get_num_threads(), k, bound, lists, size, floor)
     return _settle(X.numpy(), k, bound, shift, lists, size, floor)

@@ -25,68 +25,84 @@ from .read import Split, read_image
 @lru_cache(maxsize=1)
 def _tokenizer():
     from open_clip.tokenizer import SimpleTokenizer
+
     return SimpleTokenizer()
 
-END_OF_TEXT = 49407 # id of the token at which CLIP reads a caption's feature
+
+END_OF_TEXT = 49407  # id of the token at which CLIP reads a caption's feature
+
 
 def _check_texts(captions):
     for i, c in enumerate(captions):
-        if not isinstance(c, str): raise UserError(f"caption {i} must be text, got {c!r}")
-        try: c.encode()
-        except UnicodeEncodeError: raise UserError(f"caption {i} is not valid Unicode: {c!r}") from None
+        if not isinstance(c, str):
+            raise UserError(f"caption {i} must be text, got {c!r}")
+        try:
+            c.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"caption {i} is not valid Unicode: {c!r}") from None
+
 
 def tokenize(
-    captions, # `M` texts, or one
-    context_length:int=77, # places, both ends included
-) -> torch.Tensor: # int64 `[M, context_length]`: start, pieces, end, zeros
+    captions,  # `M` texts, or one
+    context_length: int = 77,  # places, both ends included
+) -> torch.Tensor:  # int64 `[M, context_length]`: start, pieces, end, zeros
     "CLIP's tokens; a caption that is too long is cut and keeps its end token (CLIP, open_clip)."
-    if context_length < 3: raise ValueError(f"context_length must be at least 3 (start, a word, end), got {context_length}")
+    if context_length < 3:
+        raise ValueError(f"context_length must be at least 3 (start, a word, end), got {context_length}")
     captions = (captions,) if isinstance(captions, str) else tuple(captions)
     return _tokens(captions, context_length).clone()
 
+
 @lru_cache(maxsize=6)
 def _tokens(captions, context_length):
-    _check_texts(captions); make, step = _tokenizer(), 512
-    parts = [make(list(captions[i:i+step]), context_length)
-             for i in progress(range(0, len(captions), step), "tokens", unit=f" x {step}")]
+    _check_texts(captions)
+    make, step = _tokenizer(), 512
+    parts = [
+        make(list(captions[i : i + step]), context_length)
+        for i in progress(range(0, len(captions), step), "tokens", unit=f" x {step}")
+    ]
     return torch.cat(parts) if parts else torch.zeros((0, context_length), dtype=torch.int64)
 
 # %% ../../nbs/10_data/05_batches.ipynb #2c85687c
 def token_lengths(
-    tokens:torch.Tensor, # int64 `[B, L]`, from `tokenize`
-) -> torch.Tensor: # int64 `[B]`, places used, both ends included
+    tokens: torch.Tensor,  # int64 `[B, L]`, from `tokenize`
+) -> torch.Tensor:  # int64 `[B]`, places used, both ends included
     "Places up to and including the first end-of-text token (CLIP's pooling position)."
     return (tokens == END_OF_TEXT).int().argmax(1) + 1
 
+
 def caption_lengths(
-    captions, # `M` texts
-) -> np.ndarray: # int64 `[M]`, places each would need uncut, both ends included
+    captions,  # `M` texts
+) -> np.ndarray:  # int64 `[M]`, places each would need uncut, both ends included
     "How many places a caption needs; above 77 CLIP does not see its end (ours)."
-    _check_texts(captions); encode = _tokenizer().encode
+    _check_texts(captions)
+    encode = _tokenizer().encode
     return np.array([len(encode(c)) + 2 for c in progress(captions, "caption lengths")], dtype=np.int64)
 
 # %% ../../nbs/10_data/05_batches.ipynb #73cf8084
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073) # red, green, blue of CLIP's training images, in 0..1
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of CLIP's training images, in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MEAN_COLOUR = np.round(np.array(CLIP_MEAN) * 255).astype(np.uint8)
 _SCALE = (1 / (255 * np.array(CLIP_STD))).astype(np.float32)[:, None, None]
 _SHIFT = (np.array(CLIP_MEAN) / CLIP_STD).astype(np.float32)[:, None, None]
 
+
 def to_tensor(
-    image:np.ndarray, # uint8 `[H, W, 3]`
-) -> torch.Tensor: # float32 `[3, H, W]`, normalised
+    image: np.ndarray,  # uint8 `[H, W, 3]`
+) -> torch.Tensor:  # float32 `[3, H, W]`, normalised
     "Colours as CLIP saw them in its training: less the mean, over the deviation (CLIP)."
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image must be uint8 [H, W, 3], got {image.dtype} of shape {image.shape}")
     out = np.empty((3, *image.shape[:2]), np.float32)
-    np.multiply(image.transpose(2, 0, 1), _SCALE, out=out); out -= _SHIFT
+    np.multiply(image.transpose(2, 0, 1), _SCALE, out=out)
+    out -= _SHIFT
     return torch.from_numpy(out)
 
 # %% ../../nbs/10_data/05_batches.ipynb #7933af71
 def pixels_of(
-    image, # an image file or a PIL image
-    size:tuple, # (H, W)
-) -> np.ndarray: # uint8 `[H, W, 3]`
+    image,  # an image file or a PIL image
+    size: tuple,  # (H, W)
+) -> np.ndarray:  # uint8 `[H, W, 3]`
     "What an encoder is shown of an image: RGB, bicubically resized without keeping its proportions; raises UserError for a file that cannot be read (CLIP's filter, the field's shape)."
     image = image.convert("RGB") if isinstance(image, Image.Image) else read_image(image)
     return np.array(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
@@ -94,11 +110,13 @@ def pixels_of(
 # %% ../../nbs/10_data/05_batches.ipynb #5115e10d
 class PixelCache:
     "The images of a split as uint8 `[N, H, W, 3]`, bicubically resized, decoded at most once each (ours)."
-    def __init__(self,
-        split:Split, # whose images
-        size:tuple, # (H, W) in pixels
-        limit_gb:float=8., # a bigger array is not kept; every access decodes
-        cache:bool=True, # False: keep nothing
+
+    def __init__(
+        self,
+        split: Split,  # whose images
+        size: tuple,  # (H, W) in pixels
+        limit_gb: float = 8.0,  # a bigger array is not kept; every access decodes
+        cache: bool = True,  # False: keep nothing
     ):
         if len(size) != 2 or not all(isinstance(s, (int, np.integer)) and s > 0 for s in size):
             raise ValueError(f"size must be (H, W) in whole pixels, got {size!r}")
@@ -107,214 +125,292 @@ class PixelCache:
         self.cached = cache and math.prod(shape) <= limit_gb * 2**30
         self.pixels = np.empty(shape, np.uint8) if self.cached else None
         self.have = np.zeros(len(split.images), bool)
-    def __len__(self): return len(self.split.images)
-    def _decode(self, row): return pixels_of(self.split.path(row), self.size)
-    def __getitem__(self,
-        row:int, # image row
-    ) -> np.ndarray: # uint8 `[H, W, 3]`, not to be written to
+
+    def __len__(self):
+        return len(self.split.images)
+
+    def _decode(self, row):
+        return pixels_of(self.split.path(row), self.size)
+
+    def __getitem__(
+        self,
+        row: int,  # image row
+    ) -> np.ndarray:  # uint8 `[H, W, 3]`, not to be written to
         "The pixels of image `row`."
-        if not self.cached: return self._decode(row)
-        if not self.have[row]: self.pixels[row] = self._decode(row); self.have[row] = True
+        if not self.cached:
+            return self._decode(row)
+        if not self.have[row]:
+            self.pixels[row] = self._decode(row)
+            self.have[row] = True
         return self.pixels[row]
-    def fill(self,
-        workers:int=2, # threads that decode
-    ): # the cache itself
+
+    def fill(
+        self,
+        workers: int = 2,  # threads that decode
+    ):  # the cache itself
         "Decode whatever is not there yet, with a progress bar; nothing to do where nothing is kept (ours)."
         todo = np.flatnonzero(~self.have).tolist() if self.cached else []
         pool = ThreadPoolExecutor(workers)
         try:
-            for _ in progress(pool.map(self.__getitem__, todo), "decoding", len(todo), "img"): pass
-        finally: pool.shutdown(cancel_futures=True) # an unreadable image or Ctrl-C stops at once
+            for _ in progress(pool.map(self.__getitem__, todo), "decoding", len(todo), "img"):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)  # an unreadable image or Ctrl-C stops at once
         return self
 
 # %% ../../nbs/10_data/05_batches.ipynb #98783952
 @dataclass(frozen=True)
 class AugmentConfig:
     "What happens to a training image (ICPG, IRRA: flip, pad and crop, random erasing)."
-    flip:float = .5 # probability of mirroring
-    pad:float = 10 # greatest shift in pixels at height 384; scales with the height
-    erase:float = .5 # probability of erasing a rectangle
-    erase_area:tuple[float, float] = (.02, .4) # least and greatest part of the area erased
+
+    flip: float = 0.5  # probability of mirroring
+    pad: float = 10  # greatest shift in pixels at height 384; scales with the height
+    erase: float = 0.5  # probability of erasing a rectangle
+    erase_area: tuple[float, float] = (0.02, 0.4)  # least and greatest part of the area erased
+
     def __post_init__(self):
         for n in ("flip", "erase"):
-            if not 0 <= getattr(self, n) <= 1: raise UserError(f"{n} must be a probability in 0..1, got {getattr(self, n)}")
-        if not 0 <= self.pad <= 192: raise UserError(f"pad must lie in 0..192 pixels, got {self.pad}")
+            if not 0 <= getattr(self, n) <= 1:
+                raise UserError(f"{n} must be a probability in 0..1, got {getattr(self, n)}")
+        if not 0 <= self.pad <= 192:
+            raise UserError(f"pad must lie in 0..192 pixels, got {self.pad}")
         if len(self.erase_area) != 2 or not 0 < self.erase_area[0] <= self.erase_area[1] < 1:
             raise UserError(f"erase_area must be (least, greatest) within 0..1, got {self.erase_area}")
 
 # %% ../../nbs/10_data/05_batches.ipynb #5456bb28
 def _shift(image, sy, sx):
     "The image moved down by sy and right by sx, black where it came from."
-    h, w = image.shape[:2]; out = np.zeros_like(image)
-    out[max(0, sy):h + min(0, sy), max(0, sx):w + min(0, sx)] = image[max(0, -sy):h - max(0, sy), max(0, -sx):w - max(0, sx)]
+    h, w = image.shape[:2]
+    out = np.zeros_like(image)
+    out[max(0, sy) : h + min(0, sy), max(0, sx) : w + min(0, sx)] = image[
+        max(0, -sy) : h - max(0, sy), max(0, -sx) : w - max(0, sx)
+    ]
     return out
+
 
 def _erase_box(h, w, area, rng):
     "(top, left, height, width) of a rectangle with a share of the area; None when ten draws do not fit."
     for _ in range(10):
-        part, ratio = rng.uniform(*area) * h * w, math.exp(rng.uniform(math.log(.3), math.log(3.3)))
+        part, ratio = rng.uniform(*area) * h * w, math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
         eh, ew = max(1, round(math.sqrt(part * ratio))), max(1, round(math.sqrt(part / ratio)))
-        if eh <= h and ew <= w: return int(rng.integers(h - eh + 1)), int(rng.integers(w - ew + 1)), eh, ew
+        if eh <= h and ew <= w:
+            return int(rng.integers(h - eh + 1)), int(rng.integers(w - ew + 1)), eh, ew
+
 
 def augment(
-    image:np.ndarray, # uint8 `[H, W, 3]`; left as it is
-    cfg:AugmentConfig, # how much
-    rng:np.random.Generator, # from `keyed_rng(seed, epoch, row)`
-) -> np.ndarray: # uint8 `[H, W, 3]`, a new array
+    image: np.ndarray,  # uint8 `[H, W, 3]`; left as it is
+    cfg: AugmentConfig,  # how much
+    rng: np.random.Generator,  # from `keyed_rng(seed, epoch, row)`
+) -> np.ndarray:  # uint8 `[H, W, 3]`, a new array
     "Mirror, shift, erase (IRRA, ICPG)."
-    h, w = image.shape[:2]; p = int(cfg.pad * h / 384 + .5)
-    if rng.random() < cfg.flip: image = image[:, ::-1]
+    h, w = image.shape[:2]
+    p = int(cfg.pad * h / 384 + 0.5)
+    if rng.random() < cfg.flip:
+        image = image[:, ::-1]
     sy, sx = (int(s) for s in rng.integers(-p, p + 1, 2))
     out = _shift(image, min(max(sy, -h), h), min(max(sx, -w), w))
     if rng.random() < cfg.erase and (box := _erase_box(h, w, cfg.erase_area, rng)):
-        top, left, eh, ew = box; out[top:top+eh, left:left+ew] = _MEAN_COLOUR
+        top, left, eh, ew = box
+        out[top : top + eh, left : left + ew] = _MEAN_COLOUR
     return out
 
 # %% ../../nbs/10_data/05_batches.ipynb #bb490b50
 class ImageRows(Dataset):
     "Every unique image once, without augmentation: `image`, `row` (ours)."
-    def __init__(self,
-        split:Split, # whose images
-        size:tuple, # (H, W)
-        cache:PixelCache=None, # of the same split and size; None decodes at every access
+
+    def __init__(
+        self,
+        split: Split,  # whose images
+        size: tuple,  # (H, W)
+        cache: PixelCache = None,  # of the same split and size; None decodes at every access
     ):
         self.cache = PixelCache(split, size, cache=False) if cache is None else cache
         if self.cache.size != tuple(size) or self.cache.split.images != split.images:
-            raise ValueError(f"the cache holds {self.cache.split} at {self.cache.size}, not {split} at {tuple(size)}")
-    def __len__(self): return len(self.cache)
-    def __getitem__(self, row): return {"image": to_tensor(self.cache[row]), "row": int(row)}
+            raise ValueError(
+                f"the cache holds {self.cache.split} at {self.cache.size}, not {split} at {tuple(size)}"
+            )
+
+    def __len__(self):
+        return len(self.cache)
+
+    def __getitem__(self, row):
+        return {"image": to_tensor(self.cache[row]), "row": int(row)}
+
 
 class CaptionRows(Dataset):
     "Every caption once: `tokens`, `row` (ours)."
-    def __init__(self,
-        split:Split, # whose captions
-        context_length:int=77, # places of the text tower
+
+    def __init__(
+        self,
+        split: Split,  # whose captions
+        context_length: int = 77,  # places of the text tower
     ):
         self.tokens = tokenize(split.captions, context_length)
-    def __len__(self): return len(self.tokens)
-    def __getitem__(self, row): return {"tokens": self.tokens[row], "row": int(row)}
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, row):
+        return {"tokens": self.tokens[row], "row": int(row)}
 
 # %% ../../nbs/10_data/05_batches.ipynb #f3e2daff
 class PairRows(Dataset):
     "Caption j with its image a(j), augmented by the key (seed, epoch, j): `image`, `tokens`, `image_row`, `caption_row` (method.md, 4 and 5)."
-    def __init__(self,
-        split:Split, # whose pairs
-        size:tuple, # (H, W)
-        augment:AugmentConfig=None, # None: as they are
-        seed:int=0, # of the run
-        epoch:int=0, # fixed for this object
-        cache:PixelCache=None, # of the same split and size; None decodes at every access
-        context_length:int=77, # places of the text tower
+
+    def __init__(
+        self,
+        split: Split,  # whose pairs
+        size: tuple,  # (H, W)
+        augment: AugmentConfig = None,  # None: as they are
+        seed: int = 0,  # of the run
+        epoch: int = 0,  # fixed for this object
+        cache: PixelCache = None,  # of the same split and size; None decodes at every access
+        context_length: int = 77,  # places of the text tower
     ):
         self.images = ImageRows(split, size, cache)
         self.image_of, self.tokens = split.image_of, _tokens(tuple(split.captions), context_length)
         self.augment, self.seed, self.epoch = augment, seed, epoch
-    def __len__(self): return len(self.tokens)
+
+    def __len__(self):
+        return len(self.tokens)
+
     def __getitem__(self, j):
-        row = int(self.image_of[j]); image = self.images.cache[row]
-        if self.augment is not None: image = augment(image, self.augment, keyed_rng(self.seed, self.epoch, int(j)))
+        row = int(self.image_of[j])
+        image = self.images.cache[row]
+        if self.augment is not None:
+            image = augment(image, self.augment, keyed_rng(self.seed, self.epoch, int(j)))
         return {"image": to_tensor(image), "tokens": self.tokens[j], "image_row": row, "caption_row": int(j)}
 
 # %% ../../nbs/10_data/05_batches.ipynb #dcef91b0
 def collate(
-    items:list, # dicts with the same keys
-) -> dict: # stacked tensors; `tokens` only as wide as the longest caption
+    items: list,  # dicts with the same keys
+) -> dict:  # stacked tensors; `tokens` only as wide as the longest caption
     "A batch from items, its tokens cut after the last end-of-text (ours)."
-    out = {k: torch.stack([i[k] for i in items]) if torch.is_tensor(v) else torch.tensor([i[k] for i in items])
-           for k, v in items[0].items()}
-    if "tokens" in out: out["tokens"] = out["tokens"][:, :int(token_lengths(out["tokens"]).max())].contiguous()
+    out = {
+        k: torch.stack([i[k] for i in items]) if torch.is_tensor(v) else torch.tensor([i[k] for i in items])
+        for k, v in items[0].items()
+    }
+    if "tokens" in out:
+        out["tokens"] = out["tokens"][:, : int(token_lengths(out["tokens"]).max())].contiguous()
     return out
 
 # %% ../../nbs/10_data/05_batches.ipynb #9882544e
 def epoch_order(
-    m:int, # captions
-    seed:int, # of the run
-    epoch:int, # from 0
-    groups=None, # int64 `[m]`, the group of each caption, -1 = none; None: no groups
-    mates:int=1, # captions of a group that follow one another, 1 or more
-) -> np.ndarray: # int64 `[m]`, a permutation
+    m: int,  # captions
+    seed: int,  # of the run
+    epoch: int,  # from 0
+    groups=None,  # int64 `[m]`, the group of each caption, -1 = none; None: no groups
+    mates: int = 1,  # captions of a group that follow one another, 1 or more
+) -> np.ndarray:  # int64 `[m]`, a permutation
     "The order in which an epoch visits the captions (ours; mates after Hermans et al. 2017)."
     order = keyed_rng(seed, epoch).permutation(m)
-    if mates == 1 or groups is None: return order
+    if mates == 1 or groups is None:
+        return order
     group = np.asarray(groups)[order]
-    group = np.where(group < 0, m + np.arange(m), group)           # whoever has no group stands alone
-    by = np.argsort(group, kind="stable")                          # places in the permutation, group by group
+    group = np.where(group < 0, m + np.arange(m), group)  # whoever has no group stands alone
+    by = np.argsort(group, kind="stable")  # places in the permutation, group by group
     begins = np.r_[True, np.diff(group[by]) != 0][:m]
     inside = np.arange(m) - np.maximum.accumulate(np.where(begins, np.arange(m), 0))
-    leader = by[np.arange(m) - inside % mates]                     # every handful stands where its first would stand
+    leader = by[np.arange(m) - inside % mates]  # every handful stands where its first would stand
     return order[by[np.lexsort((inside, leader))]]
 
 # %% ../../nbs/10_data/05_batches.ipynb #1546d70b
 def _loader(data, batch_size, workers, order=None):
-    if batch_size < 1: raise UserError(f"the batch size must be at least 1, got {batch_size}")
-    return DataLoader(data, batch_size, sampler=None if order is None else order.tolist(), num_workers=workers, collate_fn=collate,
-                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, got {batch_size}")
+    return DataLoader(
+        data,
+        batch_size,
+        sampler=None if order is None else order.tolist(),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )
+
 
 def image_loader(
-    split:Split, # whose images
-    size:tuple, # (H, W)
-    batch_size:int=256, # images a batch
-    workers:int=0, # loader processes; 0 is quickest with a filled cache
-    cache:PixelCache=None, # of the same split and size
-    rank:int=0, # this process, 0..world-1
-    world:int=1, # processes that share the images
-) -> DataLoader: # batches of `image`, `row`
+    split: Split,  # whose images
+    size: tuple,  # (H, W)
+    batch_size: int = 256,  # images a batch
+    workers: int = 0,  # loader processes; 0 is quickest with a filled cache
+    cache: PixelCache = None,  # of the same split and size
+    rank: int = 0,  # this process, 0..world-1
+    world: int = 1,  # processes that share the images
+) -> DataLoader:  # batches of `image`, `row`
     "Each unique image once, for encoding (method.md, 1)."
     data = ImageRows(split, size, cache)
     return _loader(data, batch_size, workers, torch.arange(len(data))[rank::world] if world > 1 else None)
 
+
 def caption_loader(
-    split:Split, # whose captions
-    batch_size:int=512, # captions a batch
-    workers:int=0, # loader processes
-    context_length:int=77, # places of the text tower
-    rank:int=0, # this process, 0..world-1
-    world:int=1, # processes that share the captions
-) -> DataLoader: # batches of `tokens`, `row`, short captions first
+    split: Split,  # whose captions
+    batch_size: int = 512,  # captions a batch
+    workers: int = 0,  # loader processes
+    context_length: int = 77,  # places of the text tower
+    rank: int = 0,  # this process, 0..world-1
+    world: int = 1,  # processes that share the captions
+) -> DataLoader:  # batches of `tokens`, `row`, short captions first
     "Each caption once, for encoding, sorted by length (ours)."
     data = CaptionRows(split, context_length)
-    return _loader(data, batch_size, workers, torch.argsort(token_lengths(data.tokens), stable=True)[rank::world] if len(data) else None)
+    return _loader(
+        data,
+        batch_size,
+        workers,
+        torch.argsort(token_lengths(data.tokens), stable=True)[rank::world] if len(data) else None,
+    )
 
 # %% ../../nbs/10_data/05_batches.ipynb #8e600fd8
 def global_batches(
-    m:int, # captions
-    batch_size:int, # pairs a step, over all processes together
-    seed:int, # of the run
-    epoch:int, # from 0
-    groups=None, # as in `epoch_order`
-    mates:int=1, # as in `epoch_order`
-) -> list: # lists of caption rows; the last may be short
+    m: int,  # captions
+    batch_size: int,  # pairs a step, over all processes together
+    seed: int,  # of the run
+    epoch: int,  # from 0
+    groups=None,  # as in `epoch_order`
+    mates: int = 1,  # as in `epoch_order`
+) -> list:  # lists of caption rows; the last may be short
     "An epoch's batches, the same for any number of processes (ours)."
-    if batch_size < 1: raise UserError(f"the batch size must be at least 1, got {batch_size}")
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, got {batch_size}")
     order = epoch_order(m, seed, epoch, groups, mates).tolist()
-    return [order[i:i + batch_size] for i in range(0, m, batch_size)]
+    return [order[i : i + batch_size] for i in range(0, m, batch_size)]
+
 
 def share_of(
-    batch:list, # rows of a global batch
-    rank:int, # this process, 0..world-1
-    world:int, # processes
-) -> list: # ceil(len(batch) / world) rows
+    batch: list,  # rows of a global batch
+    rank: int,  # this process, 0..world-1
+    world: int,  # processes
+) -> list:  # ceil(len(batch) / world) rows
     "What one process encodes of a batch, the last row repeated where it does not divide (ours)."
     mine = batch[rank::world]
     return mine + batch[-1:] * (-(-len(batch) // world) - len(mine))
 
 # %% ../../nbs/10_data/05_batches.ipynb #d45c0bb9
 def pair_loader(
-    split:Split, # whose pairs
-    size:tuple, # (H, W)
-    batch_size:int=64, # pairs a batch; the last may be short
-    augment:AugmentConfig=AugmentConfig(), # None: no augmentation
-    seed:int=0, # of the run
-    epoch:int=0, # from 0; another order and other augmentation each epoch
-    workers:int=0, # loader processes; the batches are the same whatever their number
-    cache:PixelCache=None, # of the same split and size
-    context_length:int=77, # places of the text tower
-    rank:int=0, # this process, 0..world-1
-    world:int=1, # processes that share each batch
-    groups=None, # int64 `[M]`, the group of each caption, -1 = none
-    mates:int=1, # captions of a group that stand together
-) -> DataLoader: # batches of `image`, `tokens`, `image_row`, `caption_row`
+    split: Split,  # whose pairs
+    size: tuple,  # (H, W)
+    batch_size: int = 64,  # pairs a batch; the last may be short
+    augment: AugmentConfig = AugmentConfig(),  # None: no augmentation
+    seed: int = 0,  # of the run
+    epoch: int = 0,  # from 0; another order and other augmentation each epoch
+    workers: int = 0,  # loader processes; the batches are the same whatever their number
+    cache: PixelCache = None,  # of the same split and size
+    context_length: int = 77,  # places of the text tower
+    rank: int = 0,  # this process, 0..world-1
+    world: int = 1,  # processes that share each batch
+    groups=None,  # int64 `[M]`, the group of each caption, -1 = none
+    mates: int = 1,  # captions of a group that stand together
+) -> DataLoader:  # batches of `image`, `tokens`, `image_row`, `caption_row`
     "One training epoch: each caption once with its image, without a person (method.md, 4 and 5)."
     data = PairRows(split, size, augment, seed, epoch, cache, context_length)
-    shares = [share_of(b, rank, world) for b in global_batches(len(data), batch_size, seed, epoch, groups, mates)]
-    return DataLoader(data, batch_sampler=shares, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+    shares = [
+        share_of(b, rank, world) for b in global_batches(len(data), batch_size, seed, epoch, groups, mates)
+    ]
+    return DataLoader(
+        data,
+        batch_sampler=shares,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )

@@ -14,119 +14,183 @@ from pathlib import Path
 import numpy as np
 
 from ..core import UserError, progress
-from .read import SPLIT_NAMES, SPLITS_PUBLISHED, detect, has_split, load_person, load_split, read_image
+from cpcl.data.read import (
+    SPLIT_NAMES,
+    SPLITS_PUBLISHED,
+    detect,
+    has_split,
+    load_person,
+    load_split,
+    read_image,
+)
 from .batches import caption_lengths
 
 # %% ../../nbs/10_data/06_doctor.ipynb #d7dafe24
 def spread(
-    values, # numbers, at least one
-    middle=np.median, # np.median or np.mean
-) -> tuple: # (least, middle, greatest) as Python floats
+    values,  # numbers, at least one
+    middle=np.median,  # np.median or np.mean
+) -> tuple:  # (least, middle, greatest) as Python floats
     "Least, middle and greatest of some numbers (ours)."
     values = np.asarray(values)
-    if values.size == 0: raise ValueError("spread needs at least one number, got none")
+    if values.size == 0:
+        raise ValueError("spread needs at least one number, got none")
     return float(values.min()), float(middle(values)), float(values.max())
 
 # %% ../../nbs/10_data/06_doctor.ipynb #816e4699
 def split_figures(
-    split, # a `Split`
-    person=None, # int64 `[N]` from `load_person`, or None
-) -> dict: # people (or None), images, captions, an_image, long, duplicated
+    split,  # a `Split`
+    person=None,  # int64 `[N]` from `load_person`, or None
+) -> dict:  # people (or None), images, captions, an_image, long, duplicated
     "The counts of one split and what its captions are like (ours)."
     n, m = len(split.images), len(split.captions)
     repeats = sum(c - 1 for c in Counter(" ".join(c.split()).lower() for c in split.captions).values())
-    return {"people": None if person is None else len(np.unique(person)), "images": n, "captions": m,
-            "an_image": spread(np.bincount(split.image_of, minlength=n), np.mean),
-            "long": int((caption_lengths(split.captions) > 77).sum()), "duplicated": repeats}
+    return {
+        "people": None if person is None else len(np.unique(person)),
+        "images": n,
+        "captions": m,
+        "an_image": spread(np.bincount(split.image_of, minlength=n), np.mean),
+        "long": int((caption_lengths(split.captions) > 77).sum()),
+        "duplicated": repeats,
+    }
 
 # %% ../../nbs/10_data/06_doctor.ipynb #9a646b6a
 def decode_all(
-    split, # a `Split`
-    workers:int=2, # threads
-) -> tuple: # (sizes int64 `[n, 2]` as (width, height) of the readable ones, messages of the others)
+    split,  # a `Split`
+    workers: int = 2,  # threads
+) -> tuple:  # (sizes int64 `[n, 2]` as (width, height) of the readable ones, messages of the others)
     "Decode each image once, for its size and for whether it can be read (ours)."
+
     def _look(row):
-        try: return read_image(split.path(row)).size
-        except UserError as e: return str(e)
-    pool = ThreadPoolExecutor(workers); n = len(split.images)
-    try: seen = list(progress(pool.map(_look, range(n)), f"decoding {split.split}", n, "img"))
-    finally: pool.shutdown(cancel_futures=True)
-    return np.array([s for s in seen if not isinstance(s, str)], np.int64).reshape(-1, 2), [s for s in seen if isinstance(s, str)]
+        try:
+            return read_image(split.path(row)).size
+        except UserError as e:
+            return str(e)
+
+    pool = ThreadPoolExecutor(workers)
+    n = len(split.images)
+    try:
+        seen = list(progress(pool.map(_look, range(n)), f"decoding {split.split}", n, "img"))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return np.array([s for s in seen if not isinstance(s, str)], np.int64).reshape(-1, 2), [
+        s for s in seen if isinstance(s, str)
+    ]
 
 # %% ../../nbs/10_data/06_doctor.ipynb #ad00e253
 def compare_published(
-    name:str, # data set
-    counts:dict, # split -> {"people", "images", "captions"}; people may be None
-) -> tuple: # (problems, notes), lists of lines
+    name: str,  # data set
+    counts: dict,  # split -> {"people", "images", "captions"}; people may be None
+) -> tuple:  # (problems, notes), lists of lines
     "How a copy's counts differ from those its authors published (ours)."
     published = SPLITS_PUBLISHED.get(name)
-    if published is None: return [], []
+    if published is None:
+        return [], []
     have, want = (sum(c["images"] for c in d.values()) for d in (counts, published))
-    if have < want / 2: return [], [f"{have:,} images, {name} has {want:,}: taken for a subset or a drawn set"]
+    if have < want / 2:
+        return [], [f"{have:,} images, {name} has {want:,}: taken for a subset or a drawn set"]
     lines = []
     for s in SPLIT_NAMES:
         for what in ("people", "images", "captions"):
             a, b = (d.get(s, {}).get(what, 0) for d in (counts, published))
-            if a is not None and a != b: lines.append(f"{s} has {a:,} {what}, published are {b:,}")
+            if a is not None and a != b:
+                lines.append(f"{s} has {a:,} {what}, published are {b:,}")
     return lines, []
 
 # %% ../../nbs/10_data/06_doctor.ipynb #fc3c9ce5
 @dataclass(frozen=True)
 class Report:
     "What the doctor saw; `ok` is False when something is wrong, `str` is the printed table (ours)."
-    root: Path # the folder
-    name: str # data set, "unknown data" where it was not recognised
-    counts: dict = field(default_factory=dict) # split -> what `split_figures` gives
-    sizes: dict = field(default_factory=dict) # split -> (width, height) spreads; empty where not decoded
-    unreadable: tuple = () # a message for each file that cannot be read
-    problems: tuple = () # what makes a number wrong or stops a run
-    notes: tuple = () # good to know
+
+    root: Path  # the folder
+    name: str  # data set, "unknown data" where it was not recognised
+    counts: dict = field(default_factory=dict)  # split -> what `split_figures` gives
+    sizes: dict = field(default_factory=dict)  # split -> (width, height) spreads; empty where not decoded
+    unreadable: tuple = ()  # a message for each file that cannot be read
+    problems: tuple = ()  # what makes a number wrong or stops a run
+    notes: tuple = ()  # good to know
+
     @property
     def ok(self) -> bool:
         "Nothing is wrong (notes may be there)."
         return not self.problems and not self.unreadable
+
     def __str__(self):
         out = [f"{self.name} in {self.root}", ""] + (self._table() if self.counts else [])
         for title, lines in (("problem", [*self.problems, *self.unreadable]), ("note", self.notes)):
-            out += [f"{title}: {l}" for l in lines[:20]] + ([f"... and {len(lines) - 20:,} more"] if len(lines) > 20 else [])
-        return "\n".join(out + ["all well" if self.ok else f"{len(self.problems) + len(self.unreadable):,} problem(s)"])
+            out += [f"{title}: {l}" for l in lines[:20]] + (
+                [f"... and {len(lines) - 20:,} more"] if len(lines) > 20 else []
+            )
+        return "\n".join(
+            out + ["all well" if self.ok else f"{len(self.problems) + len(self.unreadable):,} problem(s)"]
+        )
+
     def _table(self):
         head = ("split", "people", "images", "captions", "an image", "over 77", "repeated", "width", "height")
         rows, number = [head], lambda x: "-" if x is None else f"{x:,}"
-        three = lambda t: "/".join(f"{x:.3g}" for x in t)
+
+        def three(t):
+            return "/".join(f"{x:.3g}" for x in t)
+
         for s, c in self.counts.items():
             pub = SPLITS_PUBLISHED.get(self.name, {}).get(s)
             size = map(three, self.sizes[s]) if s in self.sizes else ("-", "-")
-            rows.append((s, *(number(c[k]) for k in head[1:4]), three(c["an_image"]), number(c["long"]), number(c["duplicated"]), *size))
-            if pub: rows.append(("published", *(number(pub[k]) for k in head[1:4]), *[""] * 5))
+            rows.append(
+                (
+                    s,
+                    *(number(c[k]) for k in head[1:4]),
+                    three(c["an_image"]),
+                    number(c["long"]),
+                    number(c["duplicated"]),
+                    *size,
+                )
+            )
+            if pub:
+                rows.append(("published", *(number(pub[k]) for k in head[1:4]), *[""] * 5))
         wide = [max(map(len, col)) for col in zip(*rows)]
-        return ["  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, wide))).rstrip() for r in rows] + [""]
+        return [
+            "  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(r, wide))).rstrip()
+            for r in rows
+        ] + [""]
 
 # %% ../../nbs/10_data/06_doctor.ipynb #b4b87310
 def doctor(
-    root, # folder of the data set
-    name:str=None, # as for `load_split`; None looks what lies there
-    decode:bool=True, # decode every image (minutes for a benchmark); False looks at names only
-    workers:int=2, # threads that decode
-) -> Report: # never raises UserError: what is wrong stands in it
+    root,  # folder of the data set
+    name: str = None,  # as for `load_split`; None looks what lies there
+    decode: bool = True,  # decode every image (minutes for a benchmark); False looks at names only
+    workers: int = 2,  # threads that decode
+) -> Report:  # never raises UserError: what is wrong stands in it
     "Examine a data set: counts, captions, sizes, unreadable files, people in two splits (ours)."
     counts, sizes, unreadable, problems, notes, people = {}, {}, [], [], [], {}
     try:
         name = name or detect(root)
         splits = [s for s in SPLIT_NAMES if has_split(root, name, s)]
-    except UserError as e: return Report(Path(root), name or "unknown data", problems=(str(e),))
+    except UserError as e:
+        return Report(Path(root), name or "unknown data", problems=(str(e),))
     for s in splits:
-        try: split = load_split(root, name, s)
-        except UserError as e: problems.append(str(e)); continue
-        people[s] = load_person(split); counts[s] = split_figures(split, people[s])
+        try:
+            split = load_split(root, name, s)
+        except UserError as e:
+            problems.append(str(e))
+            continue
+        people[s] = load_person(split)
+        counts[s] = split_figures(split, people[s])
         if decode:
-            wh, bad = decode_all(split, workers); unreadable += bad
-            if len(wh): sizes[s] = (spread(wh[:, 0]), spread(wh[:, 1]))
+            wh, bad = decode_all(split, workers)
+            unreadable += bad
+            if len(wh):
+                sizes[s] = (spread(wh[:, 0]), spread(wh[:, 1]))
     for i, a in enumerate(people):
-        for b in list(people)[i + 1:]:
-            if people[a] is not None and people[b] is not None and len(both := np.intersect1d(people[a], people[b])):
+        for b in list(people)[i + 1 :]:
+            if (
+                people[a] is not None
+                and people[b] is not None
+                and len(both := np.intersect1d(people[a], people[b]))
+            ):
                 problems.append(f"{len(both):,} people stand in {a} and in {b}: scores would be too good")
     differ, far = compare_published(name.lower(), counts) if len(counts) == len(splits) else ([], [])
     notes += far + ([] if "train" in splits else ["no train split: good for evaluation only"])
-    if name.lower() == "own" and "test" not in splits: notes.append("no test split: good for training, nothing to evaluate on")
-    return Report(Path(root), name.lower(), counts, sizes, tuple(unreadable), tuple(problems + differ), tuple(notes))
+    if name.lower() == "own" and "test" not in splits:
+        notes.append("no test split: good for training, nothing to evaluate on")
+    return Report(
+        Path(root), name.lower(), counts, sizes, tuple(unreadable), tuple(problems + differ), tuple(notes)
+    )

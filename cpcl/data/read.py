@@ -23,127 +23,202 @@ from ..core import UserError
 @dataclass(frozen=True, eq=False)
 class Split:
     "The images and captions of one split and a(j) between them; no identity travels with it (ours)."
-    root: Path # the data set's folder
-    name: str # "cuhk-pedes", "icfg-pedes", "rstpreid" or "own"
-    split: str # "train", "val" or "test"
-    images: tuple[str, ...] # `N` paths relative to `root`, each once, in annotation order
-    captions: tuple[str, ...] # `M` captions, in annotation order
-    image_of: np.ndarray # int64 `[M]`, a(j): the image row of caption row j
+
+    root: Path  # the data set's folder
+    name: str  # "cuhk-pedes", "icfg-pedes", "rstpreid" or "own"
+    split: str  # "train", "val" or "test"
+    images: tuple[str, ...]  # `N` paths relative to `root`, each once, in annotation order
+    captions: tuple[str, ...]  # `M` captions, in annotation order
+    image_of: np.ndarray  # int64 `[M]`, a(j): the image row of caption row j
+
     def __post_init__(self):
         of = np.array(self.image_of)
         if of.shape != (len(self.captions),) or (of.size and of.dtype.kind not in "iu"):
-            raise ValueError(f"image_of must be {len(self.captions)} integers, got {of.dtype} of shape {of.shape}")
+            raise ValueError(
+                f"image_of must be {len(self.captions)} integers, got {of.dtype} of shape {of.shape}"
+            )
         if of.size and not 0 <= of.min() <= of.max() < len(self.images):
-            raise ValueError(f"image_of must lie in 0..{len(self.images)-1}, got {of.min()}..{of.max()}")
-        of = of.astype(np.int64); of.setflags(write=False)
+            raise ValueError(f"image_of must lie in 0..{len(self.images) - 1}, got {of.min()}..{of.max()}")
+        of = of.astype(np.int64)
+        of.setflags(write=False)
         object.__setattr__(self, "image_of", of)
+
     def __repr__(self):
         return f"Split({self.name} {self.split}: {len(self.images):,} images, {len(self.captions):,} captions, {self.root})"
-    def path(self,
-        row:int, # image row, 0..N-1
-    ) -> Path: # where its file lies
+
+    def path(
+        self,
+        row: int,  # image row, 0..N-1
+    ) -> Path:  # where its file lies
         "The file of image `row` (ours)."
-        return Path(self.root)/self.images[row]
+        return Path(self.root) / self.images[row]
 
 # %% ../../nbs/10_data/00_read.ipynb #1cac7f6c
 SPLIT_NAMES = ("train", "val", "test")
-ANNOTATIONS = {"cuhk-pedes": ("reid_raw.json",), "icfg-pedes": ("ICFG-PEDES.json", "ICFG_PEDES.json"),
-               "rstpreid": ("data_captions.json",), "own": ("captions.jsonl", "captions.csv")}
-def _counts(people, images, captions): return {"people": people, "images": images, "captions": captions}
-SPLITS_PUBLISHED = { # what the authors of each set report
-    "cuhk-pedes": {"train": _counts(11003, 34054, 68126), "val": _counts(1000, 3078, 6158), "test": _counts(1000, 3074, 6156)},
+ANNOTATIONS = {
+    "cuhk-pedes": ("reid_raw.json",),
+    "icfg-pedes": ("ICFG-PEDES.json", "ICFG_PEDES.json"),
+    "rstpreid": ("data_captions.json",),
+    "own": ("captions.jsonl", "captions.csv"),
+}
+
+
+def _counts(people, images, captions):
+    return {"people": people, "images": images, "captions": captions}
+
+
+SPLITS_PUBLISHED = {  # what the authors of each set report
+    "cuhk-pedes": {
+        "train": _counts(11003, 34054, 68126),
+        "val": _counts(1000, 3078, 6158),
+        "test": _counts(1000, 3074, 6156),
+    },
     "icfg-pedes": {"train": _counts(3102, 34674, 34674), "test": _counts(1000, 19848, 19848)},
-    "rstpreid": {"train": _counts(3701, 18505, 37010), "val": _counts(200, 1000, 2000), "test": _counts(200, 1000, 2000)}}
+    "rstpreid": {
+        "train": _counts(3701, 18505, 37010),
+        "val": _counts(200, 1000, 2000),
+        "test": _counts(200, 1000, 2000),
+    },
+}
 
 # %% ../../nbs/10_data/00_read.ipynb #abd482c3
 def _folder(root):
     root = Path(os.path.abspath(os.path.expanduser(root)))
-    if not root.is_dir(): raise UserError(f"no such folder: {root}; check the path")
+    if not root.is_dir():
+        raise UserError(f"no such folder: {root}; check the path")
     return root
+
 
 def _annotation_file(root, name):
     "The annotation of `name` under `root`, or None; two that differ are an error."
-    found = [root/f for f in ANNOTATIONS[name] if (root/f).is_file()]
+    found = [root / f for f in ANNOTATIONS[name] if (root / f).is_file()]
     if len(found) > 1 and not filecmp.cmp(*found, shallow=False):
         raise UserError(f"{root} holds both {found[0].name} and {found[1].name}, and they differ: keep one")
     return found[0] if found else None
 
+
 def _no_annotation(root, names):
     tried = ", ".join(f for n in names for f in ANNOTATIONS[n])
-    if "cuhk-pedes" in names and (root/"caption_all.json").is_file():
-        return (f"{root} holds caption_all.json, which has no split and other ids: "
-                "CUHK-PEDES is read from reid_raw.json, copy that file beside it")
-    below = [d for d in sorted(root.iterdir()) if d.is_dir() and any((d/f).is_file() for n in names for f in ANNOTATIONS[n])]
+    if "cuhk-pedes" in names and (root / "caption_all.json").is_file():
+        return (
+            f"{root} holds caption_all.json, which has no split and other ids: "
+            "CUHK-PEDES is read from reid_raw.json, copy that file beside it"
+        )
+    below = [
+        d
+        for d in sorted(root.iterdir())
+        if d.is_dir() and any((d / f).is_file() for n in names for f in ANNOTATIONS[n])
+    ]
     return f"no annotation in {root} (looked for {tried})" + (f"; did you mean {below[0]}?" if below else "")
 
+
 def detect(
-    root, # folder of a data set
-) -> str: # "cuhk-pedes", "icfg-pedes", "rstpreid" or "own"
+    root,  # folder of a data set
+) -> str:  # "cuhk-pedes", "icfg-pedes", "rstpreid" or "own"
     "Recognise a data set by the annotation that lies in its folder (ours)."
     root = _folder(root)
     found = [n for n in ANNOTATIONS if _annotation_file(root, n)]
-    if not found: raise UserError(_no_annotation(root, list(ANNOTATIONS)))
-    if len(found) > 1: raise UserError(f"{root} holds the annotations of {' and '.join(found)}: say which with name=")
+    if not found:
+        raise UserError(_no_annotation(root, list(ANNOTATIONS)))
+    if len(found) > 1:
+        raise UserError(f"{root} holds the annotations of {' and '.join(found)}: say which with name=")
     return found[0]
 
 # %% ../../nbs/10_data/00_read.ipynb #bb421b1e
 def _text(file):
-    try: return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e: raise UserError(f"{file} is not UTF-8 (byte {e.start}): save it as UTF-8") from None
-    except OSError as e: raise UserError(f"cannot read {file}: {e.strerror}; see to it and try again") from None
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{file} is not UTF-8 (byte {e.start}): save it as UTF-8") from None
+    except OSError as e:
+        raise UserError(f"cannot read {file}: {e.strerror}; see to it and try again") from None
+
 
 def _short(x, n=60):
     "What somebody wrote, quoted, and cut where it is long."
-    try: text = repr(x)
-    except RecursionError: return "something nested too deeply"
+    try:
+        text = repr(x)
+    except RecursionError:
+        return "something nested too deeply"
     return text if len(text) <= n else text[:n] + " ..."
+
 
 def _once(pairs):
     "An object from its pairs; a key that stands twice would hide a value."
     found = dict(pairs)
-    if len(found) == len(pairs): return found
+    if len(found) == len(pairs):
+        return found
     keys = [k for k, _ in pairs]
-    raise ValueError(f"the key {_short(next(k for k in keys if keys.count(k) > 1))} stands twice in {_short(found)}")
+    raise ValueError(
+        f"the key {_short(next(k for k in keys if keys.count(k) > 1))} stands twice in {_short(found)}"
+    )
+
 
 def _json(text, file, line=1):
     "Parse one JSON text; `line` is where in `file` it begins."
-    try: return json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as e: at, why = f"line {e.lineno + line - 1}, column {e.colno}", e.msg
-    except RecursionError: at, why = f"line {line}", "nested too deeply"
-    except ValueError as e: at, why = f"line {line}" if "\n" not in text.strip() else f"somewhere in its {len(text.splitlines()):,} lines", str(e)
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except json.JSONDecodeError as e:
+        at, why = f"line {e.lineno + line - 1}, column {e.colno}", e.msg
+    except RecursionError:
+        at, why = f"line {line}", "nested too deeply"
+    except ValueError as e:
+        at, why = (
+            f"line {line}"
+            if "\n" not in text.strip()
+            else f"somewhere in its {len(text.splitlines()):,} lines",
+            str(e),
+        )
     raise UserError(f"{file} is not valid JSON: {at}: {why}; mend it or get the file again")
 
 # %% ../../nbs/10_data/00_read.ipynb #19e08fe2
 def _check_path(p):
     "The relative path with `/` and without detours; raises UserError when it cannot lie inside the folder."
-    if not isinstance(p, str) or not p.strip(): raise UserError(f"the image must be a path, got {_short(p)}")
+    if not isinstance(p, str) or not p.strip():
+        raise UserError(f"the image must be a path, got {_short(p)}")
     q = p.strip().replace("\\", "/")
-    if q.startswith("/") or re.match("[A-Za-z]:", q): raise UserError(f"the path {_short(p)} is absolute; paths are relative to the folder")
-    if re.search("[\0-\x1f\x7f\u2028\u2029]", q) or not _is_unicode(q): raise UserError(f"the path {_short(p)} holds a character no file name should have")
+    if q.startswith("/") or re.match("[A-Za-z]:", q):
+        raise UserError(f"the path {_short(p)} is absolute; paths are relative to the folder")
+    if re.search("[\0-\x1f\x7f\u2028\u2029]", q) or not _is_unicode(q):
+        raise UserError(f"the path {_short(p)} holds a character no file name should have")
     q = posixpath.normpath(q)
-    if q in (".", "..") or q.startswith("../"): raise UserError(f"the path {_short(p)} leaves the folder")
+    if q in (".", "..") or q.startswith("../"):
+        raise UserError(f"the path {_short(p)} leaves the folder")
     return q
 
-def _is_unicode(text):
-    try: text.encode(); return True
-    except UnicodeEncodeError: return False
 
-def _names(keys): # someone else's words, made fit for one line
-    return ", ".join(" ".join(str(k).split())[:30].encode("utf8", "replace").decode() for k in list(keys)[:12])
+def _is_unicode(text):
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
+
+
+def _names(keys):  # someone else's words, made fit for one line
+    return ", ".join(
+        " ".join(str(k).split())[:30].encode("utf8", "replace").decode() for k in list(keys)[:12]
+    )
 
 # %% ../../nbs/10_data/00_read.ipynb #ffcf27d0
 def _check_caption(c):
-    if not isinstance(c, str): raise UserError(f"a caption must be text, got {_short(c)}")
-    if not c.strip(): raise UserError("the caption is empty")
-    if not _is_unicode(c): raise UserError(f"the caption {_short(c)} is not valid Unicode")
+    if not isinstance(c, str):
+        raise UserError(f"a caption must be text, got {_short(c)}")
+    if not c.strip():
+        raise UserError("the caption is empty")
+    if not _is_unicode(c):
+        raise UserError(f"the caption {_short(c)} is not valid Unicode")
     return c
 
+
 def _check_split(s):
-    if s not in SPLIT_NAMES: raise UserError(f"unknown split {_short(s)} (there are {', '.join(SPLIT_NAMES)})")
+    if s not in SPLIT_NAMES:
+        raise UserError(f"unknown split {_short(s)} (there are {', '.join(SPLIT_NAMES)})")
     return s
 
+
 def _check_id(p):
-    if isinstance(p, bool) or not isinstance(p, int) or not -2**63 <= p < 2**63:
+    if isinstance(p, bool) or not isinstance(p, int) or not -(2**63) <= p < 2**63:
         raise UserError(f"the id must be an integer of 64 bits, got {_short(p)}")
     return p
 
@@ -151,17 +226,27 @@ def _check_id(p):
 def _benchmark_records(file, name):
     "Yield (where, image, captions, person, split) for each record of a benchmark's JSON."
     key, data = "img_path" if name == "rstpreid" else "file_path", _json(_text(file), file)
-    if not isinstance(data, list): raise UserError(f"{file} must hold a list of records, got a {type(data).__name__}: is it the right file?")
+    if not isinstance(data, list):
+        raise UserError(
+            f"{file} must hold a list of records, got a {type(data).__name__}: is it the right file?"
+        )
     for i, r in enumerate(data):
         try:
-            if not isinstance(r, dict): raise UserError(f"must be an object, got {_short(r)}")
+            if not isinstance(r, dict):
+                raise UserError(f"must be an object, got {_short(r)}")
             if missing := [k for k in (key, "captions", "id", "split") if k not in r]:
                 raise UserError(f"has no {' and no '.join(missing)} (its keys: {_names(r)})")
             if not isinstance(r["captions"], list) or not r["captions"]:
                 raise UserError(f"captions must be a list of texts, got {_short(r['captions'])}")
-            yield (f"record {i}", _check_path(r[key]), [_check_caption(c) for c in r["captions"]],
-                   _check_id(r["id"]), _check_split(r["split"]))
-        except UserError as e: raise UserError(f"{file}, record {i} (from 0): {e}; mend the record or leave it out") from None
+            yield (
+                f"record {i}",
+                _check_path(r[key]),
+                [_check_caption(c) for c in r["captions"]],
+                _check_id(r["id"]),
+                _check_split(r["split"]),
+            )
+        except UserError as e:
+            raise UserError(f"{file}, record {i} (from 0): {e}; mend the record or leave it out") from None
 
 # %% ../../nbs/10_data/00_read.ipynb #381f1d19
 def _own_rows(file):
@@ -173,66 +258,99 @@ def _own_rows(file):
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         columns = [c.strip() for c in reader.fieldnames or []]
-        if len(set(columns)) < len(columns): raise UserError(f"{file}: a column stands twice ({_names(columns)})")
-        if not {"image", "caption"} <= set(columns): raise UserError(f"{file} must have the columns image and caption, got {_names(columns)}")
+        if len(set(columns)) < len(columns):
+            raise UserError(f"{file}: a column stands twice ({_names(columns)})")
+        if not {"image", "caption"} <= set(columns):
+            raise UserError(f"{file} must have the columns image and caption, got {_names(columns)}")
         reader.fieldnames = columns
         for row in reader:
-            if None in row: raise UserError(f'{file}, line {reader.line_num}: more cells than columns; put a caption with a comma in "quotes"')
+            if None in row:
+                raise UserError(
+                    f'{file}, line {reader.line_num}: more cells than columns; put a caption with a comma in "quotes"'
+                )
             yield reader.line_num, row
-    except csv.Error as e: raise UserError(f"{file}, line {reader.line_num}: {e}; mend it or save the table again") from None
+    except csv.Error as e:
+        raise UserError(f"{file}, line {reader.line_num}: {e}; mend it or save the table again") from None
+
 
 def _own_records(file):
     "Yield (where, image, captions, person, split) for each row of an own folder's file; None where a column is absent."
     for n, r in _own_rows(file):
         try:
-            if not isinstance(r, dict) or "image" not in r or "caption" not in r: raise UserError("needs image and caption")
+            if not isinstance(r, dict) or "image" not in r or "caption" not in r:
+                raise UserError("needs image and caption")
             person, split = r.get("person"), r.get("split")
             if isinstance(person, bool) or not isinstance(person, (str, int, type(None))):
                 raise UserError(f"the person must be text or an integer, got {_short(person)}")
-            yield (f"line {n}", _check_path(r["image"]), [_check_caption(r["caption"])],
-                   None if person is None or not str(person).strip() else str(person).strip(),
-                   None if split in (None, "") else _check_split(split))
-        except UserError as e: raise UserError(f"{file}, line {n}: {e}; mend the line or leave it out") from None
+            yield (
+                f"line {n}",
+                _check_path(r["image"]),
+                [_check_caption(r["caption"])],
+                None if person is None or not str(person).strip() else str(person).strip(),
+                None if split in (None, "") else _check_split(split),
+            )
+        except UserError as e:
+            raise UserError(f"{file}, line {n}: {e}; mend the line or leave it out") from None
 
 # %% ../../nbs/10_data/00_read.ipynb #f169895a
 class _Annotation(NamedTuple):
-    images: tuple; where: np.ndarray # `N` paths; index into SPLIT_NAMES `[N]`
-    captions: tuple; image_of: np.ndarray # `M` captions; a(j) over all splits `[M]`
-    who: np.ndarray; known: np.ndarray # identity `[N]`; whether it is given `[N]`
+    images: tuple
+    where: np.ndarray  # `N` paths; index into SPLIT_NAMES `[N]`
+    captions: tuple
+    image_of: np.ndarray  # `M` captions; a(j) over all splits `[M]`
+    who: np.ndarray
+    known: np.ndarray  # identity `[N]`; whether it is given `[N]`
+
 
 def _assemble(records, file, own):
     "Rows from records; refuses the same image twice, and splits or people given for some rows only."
     rows, facts, captions, image_of, lines = {}, [], [], [], []
     for where, image, texts, person, split in records:
         row = rows.setdefault(image, len(rows))
-        if row == len(facts): facts.append((person, split)); lines.append(where)
-        elif not own: raise UserError(f"{file}: {image} stands twice, in {lines[row]} and {where}: keep one")
+        if row == len(facts):
+            facts.append((person, split))
+            lines.append(where)
+        elif not own:
+            raise UserError(f"{file}: {image} stands twice, in {lines[row]} and {where}: keep one")
         elif facts[row] != (person, split):
-            raise UserError(f"{file}: {image} has one person and split in {lines[row]} and another in {where}: make them one")
-        captions += texts; image_of += [row] * len(texts)
-    if not rows: raise UserError(f"{file} holds no records: is it the right file?")
+            raise UserError(
+                f"{file}: {image} has one person and split in {lines[row]} and another in {where}: make them one"
+            )
+        captions += texts
+        image_of += [row] * len(texts)
+    if not rows:
+        raise UserError(f"{file} holds no records: is it the right file?")
     given = {split for _, split in facts}
-    if None in given and len(given) > 1: raise UserError(f"{file}: some rows have a split and some have none; give all or none")
+    if None in given and len(given) > 1:
+        raise UserError(f"{file}: some rows have a split and some have none; give all or none")
     where = np.array([SPLIT_NAMES.index(s or "train") for _, s in facts])
     known = np.array([p is not None for p, _ in facts])
     for k, s in enumerate(SPLIT_NAMES):
         if len(set(known[where == k])) == 2:
-            raise UserError(f"{file}: {int((~known & (where == k)).sum())} images of {s} have no person and the others have; give all or none")
+            raise UserError(
+                f"{file}: {int((~known & (where == k)).sum())} images of {s} have no person and the others have; give all or none"
+            )
     codes = {}
-    who = np.array([(codes.setdefault(p, len(codes)) if own else p) if p is not None else -1 for p, _ in facts], dtype=np.int64)
+    who = np.array(
+        [(codes.setdefault(p, len(codes)) if own else p) if p is not None else -1 for p, _ in facts],
+        dtype=np.int64,
+    )
     return _Annotation(tuple(rows), where, tuple(captions), np.array(image_of, dtype=np.int64), who, known)
 
 # %% ../../nbs/10_data/00_read.ipynb #dd14c1b1
 def _annotation(root, name):
     "The set's name and its annotation, read once for each state of its file."
     root = _folder(root)
-    if name is None: name = detect(root)
+    if name is None:
+        name = detect(root)
     if not isinstance(name, str) or name.lower() not in ANNOTATIONS:
         raise UserError(f"unknown data set {name!r} (there are {', '.join(ANNOTATIONS)})")
     file = _annotation_file(root, name.lower())
-    if file is None: raise UserError(_no_annotation(root, [name.lower()]))
+    if file is None:
+        raise UserError(_no_annotation(root, [name.lower()]))
     stat = file.stat()
     return name.lower(), _read_annotation(file, name.lower(), stat.st_mtime_ns, stat.st_size)
+
 
 @lru_cache(maxsize=2)
 def _read_annotation(file, name, mtime, size):
@@ -243,64 +361,97 @@ def _read_annotation(file, name, mtime, size):
 def _missing(root, prefix, images):
     "The images (relative to root/prefix) that are not files there; raises UserError for a link that leaves the root."
     inside, wanted, missing = os.path.realpath(root), defaultdict(list), []
-    def _leaves(p): return os.path.commonpath([inside, os.path.realpath(p)]) != inside
-    for p in images: wanted[posixpath.dirname(p)].append(p)
+
+    def _leaves(p):
+        return os.path.commonpath([inside, os.path.realpath(p)]) != inside
+
+    for p in images:
+        wanted[posixpath.dirname(p)].append(p)
     for folder, paths in wanted.items():
         here = os.path.join(root, prefix, folder)
         try:
-            with os.scandir(here) as entries: there = {e.name: e for e in entries}
-        except OSError: missing += paths; continue
-        if _leaves(here): raise UserError(f"the folder {here} is a link that leaves {root}: copy it there or give the real folder as root")
+            with os.scandir(here) as entries:
+                there = {e.name: e for e in entries}
+        except OSError:
+            missing += paths
+            continue
+        if _leaves(here):
+            raise UserError(
+                f"the folder {here} is a link that leaves {root}: copy it there or give the real folder as root"
+            )
         for p in paths:
             e = there.get(posixpath.basename(p))
-            try: found = e is not None and e.is_file()
-            except OSError: found = False
-            if not found: missing.append(p)
-            elif e.is_symlink() and _leaves(e.path): raise UserError(f"the image {e.path} is a link that leaves {root}: copy the file there")
+            try:
+                found = e is not None and e.is_file()
+            except OSError:
+                found = False
+            if not found:
+                missing.append(p)
+            elif e.is_symlink() and _leaves(e.path):
+                raise UserError(f"the image {e.path} is a link that leaves {root}: copy the file there")
     return missing
+
 
 def _locate(root, name, images, what):
     "The folder under `root` the images lie in, '' or 'imgs'; raises UserError with how many are missing and the first five."
     missing = {}
     for prefix in ("", "imgs") if name == "own" else ("imgs", ""):
         missing[prefix] = _missing(root, prefix, images)
-        if not missing[prefix]: return prefix
-    prefix = min(missing, key=lambda p: len(missing[p])); gone = sorted(missing[prefix])
-    raise UserError(f"{len(gone):,} of the {len(images):,} images of {what} are missing in {root/prefix}: "
-                    + ", ".join(gone[:5]) + (", ..." if len(gone) > 5 else "") + "; copy them there or mend the annotation")
+        if not missing[prefix]:
+            return prefix
+    prefix = min(missing, key=lambda p: len(missing[p]))
+    gone = sorted(missing[prefix])
+    raise UserError(
+        f"{len(gone):,} of the {len(images):,} images of {what} are missing in {root / prefix}: "
+        + ", ".join(gone[:5])
+        + (", ..." if len(gone) > 5 else "")
+        + "; copy them there or mend the annotation"
+    )
 
 # %% ../../nbs/10_data/00_read.ipynb #323c0660
 def load_split(
-    root, # folder of the data set
-    name:str=None, # "cuhk-pedes", "icfg-pedes", "rstpreid", "own"; None looks what lies there
-    split:str="train", # "train", "val" or "test"
-) -> Split: # images and captions by row, without identities
+    root,  # folder of the data set
+    name: str = None,  # "cuhk-pedes", "icfg-pedes", "rstpreid", "own"; None looks what lies there
+    split: str = "train",  # "train", "val" or "test"
+) -> Split:  # images and captions by row, without identities
     "Read one split, checking annotation and files; raises UserError for whatever the user can mend (method.md, data sets)."
-    _check_split(split); name, ann = _annotation(root, name); root = _folder(root)
+    _check_split(split)
+    name, ann = _annotation(root, name)
+    root = _folder(root)
     keep = ann.where == SPLIT_NAMES.index(split)
     if not keep.any():
         have = [s for k, s in enumerate(SPLIT_NAMES) if (ann.where == k).any()]
-        why = {"icfg-pedes": "; ICFG-PEDES publishes no val", "own": "; the split column says which rows belong to it"}.get(name, "")
+        why = {
+            "icfg-pedes": "; ICFG-PEDES publishes no val",
+            "own": "; the split column says which rows belong to it",
+        }.get(name, "")
         raise UserError(f"{root} ({name}) has no {split} split, only {', '.join(have)}{why}")
     row = np.cumsum(keep) - 1
     images = [p for p, k in zip(ann.images, keep) if k]
     prefix = _locate(root, name, images, split)
     mine = keep[ann.image_of]
-    return Split(root, name, split, tuple(posixpath.join(prefix, p) for p in images),
-                 tuple(c for c, k in zip(ann.captions, mine) if k), row[ann.image_of[mine]])
+    return Split(
+        root,
+        name,
+        split,
+        tuple(posixpath.join(prefix, p) for p in images),
+        tuple(c for c, k in zip(ann.captions, mine) if k),
+        row[ann.image_of[mine]],
+    )
+
 
 def has_split(
-    root, # folder of the data set
-    name:str=None, # as for `load_split`
-    split:str="val", # "train", "val" or "test"
-) -> bool: # whether the annotation holds such rows
+    root,  # folder of the data set
+    name: str = None,  # as for `load_split`
+    split: str = "val",  # "train", "val" or "test"
+) -> bool:  # whether the annotation holds such rows
     "Whether the data set has a split (ours; ICFG-PEDES has no val)."
     return bool((_annotation(root, name)[1].where == SPLIT_NAMES.index(_check_split(split))).any())
 
 # %% ../../nbs/10_data/00_read.ipynb #d5fb7f33
 def load_person(
-    split:Split, # as `load_split` gave it, or a part of it
-) -> np.ndarray | None: # int64 `[N]`, the true identity of each image row; None where the folder has none
+    split: Split,  # as `load_split` gave it, or a part of it
+) -> np.ndarray | None:  # int64 `[N]`, the true identity of each image row; None where the folder has none
     "The true identities of a split's images, for evaluation only; read apart from the training data (ours)."
     _, ann = _annotation(split.root, split.name)
     row = {p: i for i, p in enumerate(ann.images)}
@@ -315,30 +466,49 @@ def load_person(
 MAX_PIXELS = 80_000_000
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000")
 
+
 def _rgb(im):
     "Any mode to RGB: deep greys scaled to 8 bits, transparency on white."
     if im.mode.startswith("I") or im.mode == "F":
         x = np.nan_to_num(np.asarray(im, dtype=np.float32))
-        top = 65535 if im.mode.startswith("I;16") else next((t for t in (1, 255, 65535) if x.max() <= t), float(x.max()))
-        if im.mode == "I" and top == 1: top = 255
-        im = Image.fromarray((np.clip(x / top, 0, 1) * 255 + .5).astype(np.uint8))
+        top = (
+            65535
+            if im.mode.startswith("I;16")
+            else next((t for t in (1, 255, 65535) if x.max() <= t), float(x.max()))
+        )
+        if im.mode == "I" and top == 1:
+            top = 255
+        im = Image.fromarray((np.clip(x / top, 0, 1) * 255 + 0.5).astype(np.uint8))
     if im.has_transparency_data:
-        im = im.convert("RGBA"); white = Image.new("RGBA", im.size, "white"); white.alpha_composite(im); im = white
+        im = im.convert("RGBA")
+        white = Image.new("RGBA", im.size, "white")
+        white.alpha_composite(im)
+        im = white
     return im.convert("RGB")
 
+
 def read_image(
-    path, # an image file
-) -> Image.Image: # upright, RGB, 8 bits, first frame
+    path,  # an image file
+) -> Image.Image:  # upright, RGB, 8 bits, first frame
     "Decode one image for the encoder; raises UserError naming the file when it cannot be read (ours)."
     Image.init()
     try:
         with Image.open(path, formats=[f for f in _FORMATS if f in Image.OPEN]) as im:
-            if im.width * im.height > MAX_PIXELS: raise UserError(f"{path} has {im.width} x {im.height} pixels, more than {MAX_PIXELS:,}: make it smaller")
+            if im.width * im.height > MAX_PIXELS:
+                raise UserError(
+                    f"{path} has {im.width} x {im.height} pixels, more than {MAX_PIXELS:,}: make it smaller"
+                )
             im.load()
-            try: ImageOps.exif_transpose(im, in_place=True)
-            except Exception: pass # a damaged EXIF block says nothing about the pixels
+            try:
+                ImageOps.exif_transpose(im, in_place=True)
+            except Exception:
+                pass  # a damaged EXIF block says nothing about the pixels
             return _rgb(im)
-    except UserError: raise
-    except Image.DecompressionBombError: raise UserError(f"{path} has far more than {MAX_PIXELS:,} pixels: make it smaller") from None
-    except Exception as e: # decoders raise almost anything on damaged bytes
-        raise UserError(f"cannot read the image {path}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'damaged'}; put a whole image there, or take it out") from None
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} has far more than {MAX_PIXELS:,} pixels: make it smaller") from None
+    except Exception as e:  # decoders raise almost anything on damaged bytes
+        raise UserError(
+            f"cannot read the image {path}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'damaged'}; put a whole image there, or take it out"
+        ) from None

@@ -21,109 +21,155 @@ from ..core import UserError, at_least_float32, atomic_path, progress, repo_root
 from ..data.batches import caption_loader, image_loader, pixels_of, to_tensor, tokenize
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #b33cf1ab
-TINY = dict(embed_dim=128,
+TINY = dict(
+    embed_dim=128,
     vision_cfg=dict(image_size=[96, 40], layers=4, width=128, head_width=32, patch_size=8),
-    text_cfg=dict(context_length=77, vocab_size=49408, width=128, heads=4, layers=4))
+    text_cfg=dict(context_length=77, vocab_size=49408, width=128, heads=4, layers=4),
+)
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
     "Which CLIP to build, from which weights, for which image size (paper section 3)."
-    model:str = "tiny" # "tiny" or any open_clip name, e.g. "ViT-B-16-quickgelu"
-    pretrained:str = "tiny" # "tiny" (data/tiny-clip), an open_clip tag such as "openai", a file, or "" for random weights
-    height:int = 0 # image height in pixels; 0: 96 for tiny, else 384
-    width:int = 0 # image width in pixels; 0: 40 for tiny, else 128
+
+    model: str = "tiny"  # "tiny" or any open_clip name, e.g. "ViT-B-16-quickgelu"
+    pretrained: str = (
+        "tiny"  # "tiny" (data/tiny-clip), an open_clip tag such as "openai", a file, or "" for random weights
+    )
+    height: int = 0  # image height in pixels; 0: 96 for tiny, else 384
+    width: int = 0  # image width in pixels; 0: 40 for tiny, else 128
+
     def __post_init__(self):
         if self.height < 0 or self.width < 0 or bool(self.height) != bool(self.width):
             raise UserError(f"give height and width both (or neither), got {self.height}x{self.width}")
-        if max(self.height, self.width) > 4096: raise UserError(f"images of at most 4096 pixels a side go through the towers, got {self.height}x{self.width}: give a smaller --height and --width")
+        if max(self.height, self.width) > 4096:
+            raise UserError(
+                f"images of at most 4096 pixels a side go through the towers, got {self.height}x{self.width}: give a smaller --height and --width"
+            )
         if self.pretrained == "tiny" and self.model != "tiny":
-            raise UserError(f"the tiny CLIP's weights do not fit {self.model}: name its own, e.g. --pretrained openai")
+            raise UserError(
+                f"the tiny CLIP's weights do not fit {self.model}: name its own, e.g. --pretrained openai"
+            )
+
     @property
-    def image_size(self): # (height, width) in pixels
+    def image_size(self):  # (height, width) in pixels
         "The input size: as given, else the architecture's usual one for pedestrians."
-        return (self.height, self.width) if self.height else ((96, 40) if self.model == "tiny" else (384, 128))
+        return (
+            (self.height, self.width) if self.height else ((96, 40) if self.model == "tiny" else (384, 128))
+        )
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #162cfeff
 def architecture(
-    model:str, # "tiny" or an open_clip name
-    image_size:tuple, # (height, width) in pixels
-) -> dict: # an open_clip model configuration with that image size
+    model: str,  # "tiny" or an open_clip name
+    image_size: tuple,  # (height, width) in pixels
+) -> dict:  # an open_clip model configuration with that image size
     "The open_clip configuration of a model at an image size; raises UserError for what we cannot drive (open_clip)."
     import open_clip
+
     cfg = copy.deepcopy(TINY) if model == "tiny" else open_clip.get_model_config(model)
     if cfg is None:
         near = difflib.get_close_matches(model, open_clip.list_models(), 5, cutoff=0)
         raise UserError(f"open_clip knows no model {model!r}; near it: {', '.join(near)}")
     text, vision = cfg["text_cfg"], cfg["vision_cfg"]
     if "hf_model_name" in text or "hf_tokenizer_name" in text:
-        raise UserError(f"{model} has a tokenizer of its own; choose a model with CLIP's, e.g. ViT-B-16-quickgelu")
+        raise UserError(
+            f"{model} has a tokenizer of its own; choose a model with CLIP's, e.g. ViT-B-16-quickgelu"
+        )
     if not isinstance(vision.get("layers"), int) or "patch_size" not in vision:
-        raise UserError(f"{model} has no plain vision transformer, whose position table we resize; choose a ViT")
+        raise UserError(
+            f"{model} has no plain vision transformer, whose position table we resize; choose a ViT"
+        )
     patch = vision["patch_size"]
     if image_size[0] % patch or image_size[1] % patch:
-        raise UserError(f"image size {image_size[0]}x{image_size[1]} is no multiple of {model}'s patch of {patch} pixels")
+        raise UserError(
+            f"image size {image_size[0]}x{image_size[1]} is no multiple of {model}'s patch of {patch} pixels"
+        )
     vision["image_size"] = list(image_size)
     return cfg
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #0849e094
 def resize_positions(
-    table:torch.Tensor, # `[1 + h*w, D]` position table, class token first
-    old:tuple, # (h, w) patches the table was learnt on
-    new:tuple, # (h', w') patches wanted
-) -> torch.Tensor: # `[1 + h'*w', D]`
+    table: torch.Tensor,  # `[1 + h*w, D]` position table, class token first
+    old: tuple,  # (h, w) patches the table was learnt on
+    new: tuple,  # (h', w') patches wanted
+) -> torch.Tensor:  # `[1 + h'*w', D]`
     "Stretch a position table to another grid of patches, bicubically (Dosovitskiy et al. 2021, section 3.2)."
     if len(table) != 1 + old[0] * old[1]:
-        raise ValueError(f"a {old[0]}x{old[1]} grid has {1 + old[0] * old[1]} positions, the table has {len(table)}")
-    if tuple(old) == tuple(new): return table
+        raise ValueError(
+            f"a {old[0]}x{old[1]} grid has {1 + old[0] * old[1]} positions, the table has {len(table)}"
+        )
+    if tuple(old) == tuple(new):
+        return table
     grid = table[1:].float().reshape(1, *old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=tuple(new), mode="bicubic", antialias=True, align_corners=False)
     grid = grid.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1)
     return torch.cat([table[:1], grid.to(table.dtype)])
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #3d4cf17f
-GROUP = 16 # captions that go through the text tower together on the CPU
+GROUP = 16  # captions that go through the text tower together on the CPU
+
 
 def by_length(
-    encode, # tokens `[b, L]` -> features `[b, D]`, a row for itself
-    tokens:torch.Tensor, # int64 `[B, L]`, the end-of-text token the largest of each row
-) -> torch.Tensor: # `[B, D]`
+    encode,  # tokens `[b, L]` -> features `[b, D]`, a row for itself
+    tokens: torch.Tensor,  # int64 `[B, L]`, the end-of-text token the largest of each row
+) -> torch.Tensor:  # `[B, D]`
     "Encode captions of like length together, each group no longer than its longest (ours)."
     end = tokens.argmax(-1)
     order = end.argsort(stable=True)
-    return torch.cat([encode(tokens[rows, :int(end[rows[-1]]) + 1]) for rows in order.split(GROUP)])[order.argsort()]
+    return torch.cat([encode(tokens[rows, : int(end[rows[-1]]) + 1]) for rows in order.split(GROUP)])[
+        order.argsort()
+    ]
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #b2330f24
 class Encoder(nn.Module):
     "CLIP's image and text towers with unit-norm outputs (paper section 3; towers by open_clip)."
-    def __init__(self,
-        model:str="tiny", # "tiny" or an open_clip name
-        image_size:tuple=(96, 40), # (height, width) in pixels
+
+    def __init__(
+        self,
+        model: str = "tiny",  # "tiny" or an open_clip name
+        image_size: tuple = (96, 40),  # (height, width) in pixels
     ):
         super().__init__()
         import open_clip
+
         self.model, self.image_size = model, tuple(image_size)
         cfg = architecture(model, self.image_size)
         custom = cfg.pop("custom_text", False)
         self.clip = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
-        self.clip.logit_scale.requires_grad_(False) # temperatures are the losses' (see the losses notebook)
+        self.clip.logit_scale.requires_grad_(False)  # temperatures are the losses' (see the losses notebook)
         self.grid = tuple(s // cfg["vision_cfg"]["patch_size"] for s in self.image_size)
         self.width, self.context_length = cfg["embed_dim"], self.clip.context_length
 
-    def encode_image(self,
-        image:torch.Tensor, # `[B, 3, H, W]` normalised with CLIP's mean and deviation
-    ) -> torch.Tensor: # `[B, D]` unit rows
+    def encode_image(
+        self,
+        image: torch.Tensor,  # `[B, 3, H, W]` normalised with CLIP's mean and deviation
+    ) -> torch.Tensor:  # `[B, D]` unit rows
         "Image features (paper section 3)."
-        return F.normalize(at_least_float32(self.clip.encode_image(image.to(self.clip.logit_scale.dtype))), dim=-1)
+        return F.normalize(
+            at_least_float32(self.clip.encode_image(image.to(self.clip.logit_scale.dtype))), dim=-1
+        )
 
-    def encode_text(self,
-        tokens:torch.Tensor, # `[B, L]` int64, zero-padded, L up to `context_length`
-    ) -> torch.Tensor: # `[B, D]` unit rows
+    def encode_text(
+        self,
+        tokens: torch.Tensor,  # `[B, L]` int64, zero-padded, L up to `context_length`
+    ) -> torch.Tensor:  # `[B, D]` unit rows
         "Caption features at the end-of-text token, computed at length L (paper section 3)."
-        if tokens.shape[1] > self.context_length: raise ValueError(f"{tokens.shape[1]} tokens, but the table has {self.context_length}")
+        if tokens.shape[1] > self.context_length:
+            raise ValueError(f"{tokens.shape[1]} tokens, but the table has {self.context_length}")
         if hasattr(self.clip, "transformer"):
             grouped = tokens.device.type == "cpu" and len(tokens) > GROUP
-            return F.normalize(at_least_float32(by_length(self._short_text, tokens) if grouped else self._short_text(tokens)), dim=-1)
-        return F.normalize(at_least_float32(self.clip.encode_text(F.pad(tokens, (0, self.context_length - tokens.shape[1])))), dim=-1)
+            return F.normalize(
+                at_least_float32(
+                    by_length(self._short_text, tokens) if grouped else self._short_text(tokens)
+                ),
+                dim=-1,
+            )
+        return F.normalize(
+            at_least_float32(
+                self.clip.encode_text(F.pad(tokens, (0, self.context_length - tokens.shape[1])))
+            ),
+            dim=-1,
+        )
 
     def _short_text(self, tokens):
         c, n = self.clip, tokens.shape[1]
@@ -132,48 +178,65 @@ class Encoder(nn.Module):
         x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]
         return c.text_projection(x) if isinstance(c.text_projection, nn.Linear) else x @ c.text_projection
 
-    def forward(self, image:torch.Tensor, tokens:torch.Tensor) -> tuple: # unit rows `[B, D]` of both
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple:  # unit rows `[B, D]` of both
         "Both towers at once, so that one call wraps the model for several processes."
         return self.encode_image(image), self.encode_text(tokens)
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #818cc80e
 def save_encoder(
-    encoder:Encoder, # what to save
-    path, # a `.safetensors` file; written aside and renamed
-    half:bool=False, # store 16-bit floats (half the size, for shipping)
-    **info, # further strings for the header, e.g. `note="..."`
-) -> Path: # the file
+    encoder: Encoder,  # what to save
+    path,  # a `.safetensors` file; written aside and renamed
+    half: bool = False,  # store 16-bit floats (half the size, for shipping)
+    **info,  # further strings for the header, e.g. `note="..."`
+) -> Path:  # the file
     "Write both towers and the header that describes them (safetensors)."
     from safetensors.torch import save_file
-    state = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in encoder.clip.state_dict().items()}
+
+    state = {
+        k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous()
+        for k, v in encoder.clip.state_dict().items()
+    }
     header = dict(model=encoder.model, image_size=list(encoder.image_size), grid=list(encoder.grid), **info)
-    with atomic_path(path) as tmp: save_file(state, tmp, metadata={"cpcl": json.dumps(header)})
+    with atomic_path(path) as tmp:
+        save_file(state, tmp, metadata={"cpcl": json.dumps(header)})
     return Path(path)
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #9964c72a
 def read_header(
-    path, # a `.safetensors` file
-) -> dict: # model, image_size, grid ...; empty if the file is not ours
+    path,  # a `.safetensors` file
+) -> dict:  # model, image_size, grid ...; empty if the file is not ours
     "The header `save_encoder` wrote (ours)."
     from safetensors import SafetensorError, safe_open
+
     try:
-        with safe_open(str(path), "pt") as f: return json.loads((f.metadata() or {}).get("cpcl", "{}"))
-    except (SafetensorError, ValueError) as e: raise UserError(f"{path} is not a whole safetensors file: {e}") from None
+        with safe_open(str(path), "pt") as f:
+            return json.loads((f.metadata() or {}).get("cpcl", "{}"))
+    except (SafetensorError, ValueError) as e:
+        raise UserError(f"{path} is not a whole safetensors file: {e}") from None
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #bf300a29
 def read_weights(
-    path, # `.safetensors`, or a state dict saved by torch (`.pt`, `.pth`, `.bin`)
-) -> dict: # name -> tensor, in open_clip's names
+    path,  # `.safetensors`, or a state dict saved by torch (`.pt`, `.pth`, `.bin`)
+) -> dict:  # name -> tensor, in open_clip's names
     "Read tensors from a file without running anything in it; raises UserError (torch's weights_only, safetensors)."
     path = Path(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
+
         read_header(path)
         return load_file(str(path))
-    if zipfile.is_zipfile(path) and any("/code/" in n or n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-        raise UserError(f"{path} is a TorchScript program (as OpenAI ships CLIP); run `cpcl convert {path}` once and use what it writes")
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise UserError(f"{path} is not a plain file of weights ({type(e).__name__}); nothing in it was run") from None
+    if zipfile.is_zipfile(path) and any(
+        "/code/" in n or n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()
+    ):
+        raise UserError(
+            f"{path} is a TorchScript program (as OpenAI ships CLIP); run `cpcl convert {path}` once and use what it writes"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise UserError(
+            f"{path} is not a plain file of weights ({type(e).__name__}); nothing in it was run"
+        ) from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict (names to tensors)")
@@ -181,76 +244,113 @@ def read_weights(
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #14fbd3e0
 def fetch(
-    cfg:EncoderConfig, # model and where its weights come from
-) -> Path | None: # a local file; None for random weights
+    cfg: EncoderConfig,  # model and where its weights come from
+) -> Path | None:  # a local file; None for random weights
     "Find the weights of a configuration, downloading a hub tag; raises UserError when that fails (open_clip, huggingface_hub)."
-    if not cfg.pretrained: return None
+    if not cfg.pretrained:
+        return None
     if cfg.pretrained == "tiny":
         root = repo_root()
-        path = root and root/"data"/"tiny-clip"/"model.safetensors"
-        if not path or not path.is_file(): raise UserError("the tiny CLIP lies in data/tiny-clip of a checkout of cpcl, and there is none here: give --pretrained FILE")
+        path = root and root / "data" / "tiny-clip" / "model.safetensors"
+        if not path or not path.is_file():
+            raise UserError(
+                "the tiny CLIP lies in data/tiny-clip of a checkout of cpcl, and there is none here: give --pretrained FILE"
+            )
         return path
-    if Path(cfg.pretrained).is_file(): return Path(cfg.pretrained)
+    if Path(cfg.pretrained).is_file():
+        return Path(cfg.pretrained)
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+
     tag = get_pretrained_cfg(cfg.model, cfg.pretrained)
     if not tag:
-        raise UserError(f"no file and no tag {cfg.pretrained!r} for {cfg.model}; its tags: {', '.join(list_pretrained_tags_by_model(cfg.model)) or 'none'}")
-    try: return Path(download_pretrained(tag))
+        raise UserError(
+            f"no file and no tag {cfg.pretrained!r} for {cfg.model}; its tags: {', '.join(list_pretrained_tags_by_model(cfg.model)) or 'none'}"
+        )
+    try:
+        return Path(download_pretrained(tag))
     except Exception as e:
         where = tag.get("hf_hub") or tag.get("url")
-        raise UserError(f"could not fetch {cfg.model} / {cfg.pretrained} from {where} ({type(e).__name__}); download it elsewhere and give --pretrained FILE") from None
+        raise UserError(
+            f"could not fetch {cfg.model} / {cfg.pretrained} from {where} ({type(e).__name__}); download it elsewhere and give --pretrained FILE"
+        ) from None
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #9fd04f8c
 def load_encoder(
-    cfg:EncoderConfig=EncoderConfig(), # model, weights, image size
-) -> Encoder: # in eval mode, float32, on the CPU
+    cfg: EncoderConfig = EncoderConfig(),  # model, weights, image size
+) -> Encoder:  # in eval mode, float32, on the CPU
     "Build the towers and fill them, with positions stretched from the grid the weights were learnt on; raises UserError (open_clip)."
     encoder = Encoder(cfg.model, cfg.image_size).eval()
     path = fetch(cfg)
-    if path is None: return encoder
+    if path is None:
+        return encoder
     state, header = read_weights(path), read_header(path) if path.suffix == ".safetensors" else {}
-    if header.get("model", cfg.model) != cfg.model: raise UserError(f"{path} holds a {header['model']}, not a {cfg.model}: give --model {header['model']}")
+    if header.get("model", cfg.model) != cfg.model:
+        raise UserError(
+            f"{path} holds a {header['model']}, not a {cfg.model}: give --model {header['model']}"
+        )
     state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
     table = state.get("visual.positional_embedding")
     if table is not None:
         side = math.isqrt(len(table) - 1)
-        try: state["visual.positional_embedding"] = resize_positions(table, tuple(header.get("grid", (side, side))), encoder.grid)
-        except ValueError as e: raise UserError(f"{path} does not fit {cfg.model}: {e}; only a file with our header says that its images were not square") from None
+        try:
+            state["visual.positional_embedding"] = resize_positions(
+                table, tuple(header.get("grid", (side, side))), encoder.grid
+            )
+        except ValueError as e:
+            raise UserError(
+                f"{path} does not fit {cfg.model}: {e}; only a file with our header says that its images were not square"
+            ) from None
     want = encoder.clip.state_dict()
-    wrong = sorted(k for k in want.keys() | state.keys() if k not in want or k not in state or want[k].shape != state[k].shape)
-    if wrong: raise UserError(f"{path} does not fit {cfg.model}: {len(wrong)} tensors missing, left over or of another shape, e.g. {', '.join(wrong[:3])}")
+    wrong = sorted(
+        k
+        for k in want.keys() | state.keys()
+        if k not in want or k not in state or want[k].shape != state[k].shape
+    )
+    if wrong:
+        raise UserError(
+            f"{path} does not fit {cfg.model}: {len(wrong)} tensors missing, left over or of another shape, e.g. {', '.join(wrong[:3])}"
+        )
     encoder.clip.load_state_dict({k: v.to(want[k].dtype) for k, v in state.items()})
     return encoder
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #760fb5d1
 def convert(
-    source, # a TorchScript `.pt` such as OpenAI's ViT-B-16.pt, which you trust: its code is run
-    out=None, # the `.safetensors` to write; beside the source if not given
-) -> Path: # what was written
+    source,  # a TorchScript `.pt` such as OpenAI's ViT-B-16.pt, which you trust: its code is run
+    out=None,  # the `.safetensors` to write; beside the source if not given
+) -> Path:  # what was written
     "Turn a TorchScript CLIP into safetensors. This RUNS the file's code: only for files you trust (OpenAI's format)."
     source = Path(source)
-    if not source.is_file(): raise UserError(f"no such file: {source}")
+    if not source.is_file():
+        raise UserError(f"no such file: {source}")
     out = Path(out) if out else source.with_suffix(".safetensors")
-    try: state = torch.jit.load(str(source), map_location="cpu").state_dict()
-    except RuntimeError as e: raise UserError(f"{source} is no TorchScript file: {str(e).splitlines()[0]}") from None
+    try:
+        state = torch.jit.load(str(source), map_location="cpu").state_dict()
+    except RuntimeError as e:
+        raise UserError(f"{source} is no TorchScript file: {str(e).splitlines()[0]}") from None
     from safetensors.torch import save_file
-    keep = {k: v.contiguous().clone() for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-    with atomic_path(out) as tmp: save_file(keep, tmp, metadata={"cpcl": json.dumps(dict(converted_from=source.name))})
+
+    keep = {
+        k: v.contiguous().clone()
+        for k, v in state.items()
+        if k not in ("input_resolution", "context_length", "vocab_size")
+    }
+    with atomic_path(out) as tmp:
+        save_file(keep, tmp, metadata={"cpcl": json.dumps(dict(converted_from=source.name))})
     return out
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #21953a76
 @torch.no_grad()
 def encode_rows(
-    encode, # `encoder.encode_image` or `encoder.encode_text`
-    loader, # batches of dicts with `row` and the input under `key`
-    key:str, # "image" or "tokens"
-    rows:int, # how many there are in all
-    width:int, # D
-    device=None, # where to compute; the model's own device if None
-    desc:str="", # for the progress bar
-    add_up=lambda x: x, # sums a tensor over the processes that share the rows
-    dtype=torch.float32, # of the result; torch.float64 for a double encoder
-) -> np.ndarray: # `[rows, width]`, unit rows in row order
+    encode,  # `encoder.encode_image` or `encoder.encode_text`
+    loader,  # batches of dicts with `row` and the input under `key`
+    key: str,  # "image" or "tokens"
+    rows: int,  # how many there are in all
+    width: int,  # D
+    device=None,  # where to compute; the model's own device if None
+    desc: str = "",  # for the progress bar
+    add_up=lambda x: x,  # sums a tensor over the processes that share the rows
+    dtype=torch.float32,  # of the result; torch.float64 for a double encoder
+) -> np.ndarray:  # `[rows, width]`, unit rows in row order
     "Encode whatever order a loader gives and write each feature to its own row (ours; ICPG appends and loses the order)."
     out, seen = torch.zeros(rows, width, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
     for batch in progress(loader, desc):
@@ -258,49 +358,100 @@ def encode_rows(
         out[row] = encode(batch[key].to(device)).to("cpu", dtype)
         seen[row] += 1
     out, seen = add_up(out), add_up(seen)
-    if (seen != 1).any(): raise ValueError(f"{int((seen == 0).sum())} of {rows} rows never came and {int((seen > 1).sum())} came more than once, e.g. row {int((seen != 1).nonzero()[0])}")
+    if (seen != 1).any():
+        raise ValueError(
+            f"{int((seen == 0).sum())} of {rows} rows never came and {int((seen > 1).sum())} came more than once, e.g. row {int((seen != 1).nonzero()[0])}"
+        )
     return out.numpy()
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #b7a616c0
 def features(
-    encoder:Encoder, # its training mode is restored afterwards
-    split, # a `Split` (data notebook)
-    batch_size:int=256, # images a step; captions take twice as many
-    workers:int=0, # loader processes
-    cache=None, # a `PixelCache` of this split at the encoder's size, else images are decoded
-    autocast:bool=False, # 16-bit brain floats where the device has them (CUDA)
-    rank:int=0, # this process, 0..world-1
-    world:int=1, # processes that share the rows; above 1 all of them call this
-    add_up=lambda x: x, # sums a tensor over them
-) -> tuple: # img float32 `[N, D]`, txt float32 `[M, D]`: unit rows in row order
+    encoder: Encoder,  # its training mode is restored afterwards
+    split,  # a `Split` (data notebook)
+    batch_size: int = 256,  # images a step; captions take twice as many
+    workers: int = 0,  # loader processes
+    cache=None,  # a `PixelCache` of this split at the encoder's size, else images are decoded
+    autocast: bool = False,  # 16-bit brain floats where the device has them (CUDA)
+    rank: int = 0,  # this process, 0..world-1
+    world: int = 1,  # processes that share the rows; above 1 all of them call this
+    add_up=lambda x: x,  # sums a tensor over them
+) -> tuple:  # img float32 `[N, D]`, txt float32 `[M, D]`: unit rows in row order
     "Encode every image and every caption of a split, in eval mode and without augmentation (paper section 3.2)."
-    device, dtype = encoder.clip.logit_scale.device, torch.promote_types(encoder.clip.logit_scale.dtype, torch.float32)
+    device, dtype = (
+        encoder.clip.logit_scale.device,
+        torch.promote_types(encoder.clip.logit_scale.dtype, torch.float32),
+    )
     was_training = encoder.training
     encoder.eval()
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            images = image_loader(split, encoder.image_size, batch_size=batch_size, workers=workers, cache=cache, rank=rank, world=world)
-            img = encode_rows(encoder.encode_image, images, "image", len(split.images), encoder.width, device, "images", add_up, dtype)
-            captions = caption_loader(split, batch_size=2 * batch_size, context_length=encoder.context_length, rank=rank, world=world)
-            txt = encode_rows(encoder.encode_text, captions, "tokens", len(split.captions), encoder.width, device, "captions", add_up, dtype)
-    finally: encoder.train(was_training)
+            images = image_loader(
+                split,
+                encoder.image_size,
+                batch_size=batch_size,
+                workers=workers,
+                cache=cache,
+                rank=rank,
+                world=world,
+            )
+            img = encode_rows(
+                encoder.encode_image,
+                images,
+                "image",
+                len(split.images),
+                encoder.width,
+                device,
+                "images",
+                add_up,
+                dtype,
+            )
+            captions = caption_loader(
+                split,
+                batch_size=2 * batch_size,
+                context_length=encoder.context_length,
+                rank=rank,
+                world=world,
+            )
+            txt = encode_rows(
+                encoder.encode_text,
+                captions,
+                "tokens",
+                len(split.captions),
+                encoder.width,
+                device,
+                "captions",
+                add_up,
+                dtype,
+            )
+    finally:
+        encoder.train(was_training)
     return img, txt
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #286bc436
 @patch
 @torch.inference_mode()
-def embed_texts(self:Encoder,
-    texts, # a sentence or several
-) -> np.ndarray: # float32 `[n, D]` unit rows
+def embed_texts(
+    self: Encoder,
+    texts,  # a sentence or several
+) -> np.ndarray:  # float32 `[n, D]` unit rows
     "Features of sentences; the model is used in the mode it is in (paper section 3)."
     device = next(self.parameters()).device
-    return self.encode_text(tokenize([texts] if isinstance(texts, str) else list(texts), self.context_length).to(device)).float().cpu().numpy()
+    return (
+        self.encode_text(
+            tokenize([texts] if isinstance(texts, str) else list(texts), self.context_length).to(device)
+        )
+        .float()
+        .cpu()
+        .numpy()
+    )
+
 
 @patch
 @torch.inference_mode()
-def embed_images(self:Encoder,
-    images, # files or PIL images
-) -> np.ndarray: # float32 `[n, D]` unit rows
+def embed_images(
+    self: Encoder,
+    images,  # files or PIL images
+) -> np.ndarray:  # float32 `[n, D]` unit rows
     "Features of images; raises UserError for one that cannot be read (paper section 3)."
     batch = torch.stack([to_tensor(pixels_of(i, self.image_size)) for i in images])
     return self.encode_image(batch.to(next(self.parameters()).device)).float().cpu().numpy()

@@ -12,14 +12,18 @@ from .scores import METRICS, QueryScores
 
 # %% ../../nbs/70_eval/02_intervals.ipynb #ca6e78b5
 def _person_sums(
-    values:np.ndarray, # float `[Q, C]`, a value per query and column
-    valid:np.ndarray, # bool `[Q]`, queries that count
-    query_person:np.ndarray, # int64 `[Q]`, whom each query speaks of
-) -> tuple[np.ndarray, np.ndarray]: # sums `[P, C]` and query counts `[P]`, only people with a query that counts
+    values: np.ndarray,  # float `[Q, C]`, a value per query and column
+    valid: np.ndarray,  # bool `[Q]`, queries that count
+    query_person: np.ndarray,  # int64 `[Q]`, whom each query speaks of
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # sums `[P, C]` and query counts `[P]`, only people with a query that counts
     "Add up what counts, person by person (ours)."
     query_person = np.asarray(query_person)
     if query_person.shape != valid.shape:
-        raise ValueError(f"query_person must have {len(valid)} rows, one per query, got shape {query_person.shape}")
+        raise ValueError(
+            f"query_person must have {len(valid)} rows, one per query, got shape {query_person.shape}"
+        )
     _, at = np.unique(query_person[valid], return_inverse=True)
     count = np.bincount(at).astype("float64")
     sums = np.stack([np.bincount(at, column, len(count)) for column in values[valid].T], axis=1)
@@ -27,72 +31,86 @@ def _person_sums(
 
 # %% ../../nbs/70_eval/02_intervals.ipynb #50cc437e
 def _draws(
-    sums:np.ndarray, # float64 `[P, C]`, per person
-    count:np.ndarray, # float64 `[P]`, queries per person
-    n:int, # how many draws
-    seed:int, # the same seed draws the same people
-) -> np.ndarray: # float64 `[n, C]`, the score in each draw
+    sums: np.ndarray,  # float64 `[P, C]`, per person
+    count: np.ndarray,  # float64 `[P]`, queries per person
+    n: int,  # how many draws
+    seed: int,  # the same seed draws the same people
+) -> np.ndarray:  # float64 `[n, C]`, the score in each draw
     "Scores under n redraws of the people (Efron 1979, over clusters)."
     rng, P, out = np.random.default_rng(seed), len(count), []
-    for start in range(0, n, 100):              # 100 draws at a time: the weights are `[100, P]`
-        w = rng.multinomial(P, np.full(P, 1/P), size=min(100, n - start)).astype("float64")
+    for start in range(0, n, 100):  # 100 draws at a time: the weights are `[100, P]`
+        w = rng.multinomial(P, np.full(P, 1 / P), size=min(100, n - start)).astype("float64")
         out.append((w @ sums) / (w @ count)[:, None])
     return np.concatenate(out)
 
 # %% ../../nbs/70_eval/02_intervals.ipynb #8f5ffaf0
 def _interval(
-    draws:np.ndarray, # float64 `[n, C]`
-    level:float, # share of the draws inside
-) -> np.ndarray: # float64 `[2, C]`, low and high
+    draws: np.ndarray,  # float64 `[n, C]`
+    level: float,  # share of the draws inside
+) -> np.ndarray:  # float64 `[2, C]`, low and high
     "The middle `level` of the draws, column by column (percentile interval, Efron 1979)."
-    return np.quantile(draws, [(1 - level)/2, (1 + level)/2], axis=0)
+    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
 
 def _check_draws(n, level):
-    if n < 1: raise ValueError(f"n must be 1 or more draws, got {n}")
-    if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}; 0.95 is usual")
+    if n < 1:
+        raise ValueError(f"n must be 1 or more draws, got {n}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}; 0.95 is usual")
 
 # %% ../../nbs/70_eval/02_intervals.ipynb #33215e90
 def bootstrap_interval(
-    scores:QueryScores, # what `evaluate` gave
-    query_person:np.ndarray, # int64 `[Q]`, whom each query speaks of (`people_of`); images where nobody is known
-    n:int=1000, # draws
-    level:float=.95, # share of the draws inside the interval, 0..1
-    seed:int=0, # of the draws
-) -> dict[str, tuple[float, float]]: # metric -> (low, high) in percent
+    scores: QueryScores,  # what `evaluate` gave
+    query_person: np.ndarray,  # int64 `[Q]`, whom each query speaks of (`people_of`); images where nobody is known
+    n: int = 1000,  # draws
+    level: float = 0.95,  # share of the draws inside the interval, 0..1
+    seed: int = 0,  # of the draws
+) -> dict[str, tuple[float, float]]:  # metric -> (low, high) in percent
     "Bootstrap interval of each metric, redrawing people with all their queries (ours, after Efron 1979)."
     _check_draws(n, level)
     sums, count = _person_sums(scores.table(), scores.valid, query_person)
-    if len(count) < 2: return {m: (np.nan, np.nan) for m in METRICS}
+    if len(count) < 2:
+        return {m: (np.nan, np.nan) for m in METRICS}
     low, high = _interval(_draws(sums, count, n, seed), level)
     return {m: (float(a), float(b)) for m, a, b in zip(METRICS, low, high)}
 
 # %% ../../nbs/70_eval/02_intervals.ipynb #ee1f7e29
 def _seed_mean(
-    runs, # a QueryScores, or a list of them, one per seed
-    name:str, # how a message calls it
-) -> tuple[np.ndarray, np.ndarray, int]: # table `[Q, 5]` averaged over seeds, valid `[Q]`, number of seeds
+    runs,  # a QueryScores, or a list of them, one per seed
+    name: str,  # how a message calls it
+) -> tuple[np.ndarray, np.ndarray, int]:  # table `[Q, 5]` averaged over seeds, valid `[Q]`, number of seeds
     "Average the per-query scores over seeds (ours)."
     runs = [runs] if isinstance(runs, QueryScores) else list(runs)
-    if not runs: raise ValueError(f"{name} must hold at least one run, got none")
+    if not runs:
+        raise ValueError(f"{name} must hold at least one run, got none")
     for r in runs:
-        if not np.array_equal(r.valid, runs[0].valid): raise ValueError(f"the runs of {name} are not over the same queries")
+        if not np.array_equal(r.valid, runs[0].valid):
+            raise ValueError(f"the runs of {name} are not over the same queries")
     return np.mean([r.table() for r in runs], axis=0), runs[0].valid, len(runs)
 
 # %% ../../nbs/70_eval/02_intervals.ipynb #3cc9e107
 def paired_bootstrap(
-    a, # the baseline: a QueryScores, or a list of them over seeds
-    b, # what is compared with it, on the same queries; seeds in the same order
-    query_person:np.ndarray, # int64 `[Q]`, whom each query speaks of
-    n:int=1000, # draws
-    level:float=.95, # share of the draws inside the interval, 0..1
-    seed:int=0, # of the draws
-) -> dict[str, tuple[float, float, float]]: # metric -> (mean difference b - a, low, high) in percentage points
+    a,  # the baseline: a QueryScores, or a list of them over seeds
+    b,  # what is compared with it, on the same queries; seeds in the same order
+    query_person: np.ndarray,  # int64 `[Q]`, whom each query speaks of
+    n: int = 1000,  # draws
+    level: float = 0.95,  # share of the draws inside the interval, 0..1
+    seed: int = 0,  # of the draws
+) -> dict[
+    str, tuple[float, float, float]
+]:  # metric -> (mean difference b - a, low, high) in percentage points
     "Paired difference of two methods with its bootstrap interval over people (ours, after Efron 1979)."
     _check_draws(n, level)
     (ta, va, na), (tb, vb, nb) = _seed_mean(a, "a"), _seed_mean(b, "b")
-    if na != nb: raise ValueError(f"a and b must have the same seeds, got {na} and {nb} runs")
-    if not np.array_equal(va, vb): raise ValueError(f"a and b are not over the same queries: {len(va)} and {len(vb)}")
+    if na != nb:
+        raise ValueError(f"a and b must have the same seeds, got {na} and {nb} runs")
+    if not np.array_equal(va, vb):
+        raise ValueError(f"a and b are not over the same queries: {len(va)} and {len(vb)}")
     sums, count = _person_sums(tb - ta, va, query_person)
     mean = sums.sum(0) / count.sum() if len(count) else np.full(len(METRICS), np.nan)
-    low, high = _interval(_draws(sums, count, n, seed), level) if len(count) > 1 else np.full((2, len(METRICS)), np.nan)
+    low, high = (
+        _interval(_draws(sums, count, n, seed), level)
+        if len(count) > 1
+        else np.full((2, len(METRICS)), np.nan)
+    )
     return {m: tuple(map(float, row)) for m, *row in zip(METRICS, mean, low, high)}

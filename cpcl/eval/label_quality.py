@@ -14,24 +14,35 @@ from ..core import check_labels
 # %% ../../nbs/70_eval/01_label_quality.ipynb #b7d392cd
 def _expected_mi(a_sizes, b_sizes, n):
     "Expected mutual information (nats) of random partitions with these block sizes."
-    total, logf = 0., lambda v: gammaln(v + 1.)
+    total, logf = 0.0, lambda v: gammaln(v + 1.0)
     for a, na in zip(*np.unique(a_sizes, return_counts=True)):
         for b, nb in zip(*np.unique(b_sizes, return_counts=True)):
             x = np.arange(max(1, a + b - n), min(a, b) + 1)
-            logp = (logf(a) + logf(b) + logf(n-a) + logf(n-b) - logf(n) - logf(x) - logf(a-x) - logf(b-x) - logf(n-a-b+x))
+            logp = (
+                logf(a)
+                + logf(b)
+                + logf(n - a)
+                + logf(n - b)
+                - logf(n)
+                - logf(x)
+                - logf(a - x)
+                - logf(b - x)
+                - logf(n - a - b + x)
+            )
             total += na * nb * float((x / n * (np.log(n * x) - np.log(a * b)) * np.exp(logp)).sum())
     return total
 
 # %% ../../nbs/70_eval/01_label_quality.ipynb #bd53ec63
 def adjusted_mutual_information(
-    a, # `[N]` integers, one partition
-    b, # `[N]` integers, the other
-) -> float: # 1 equal, 0 chance
+    a,  # `[N]` integers, one partition
+    b,  # `[N]` integers, the other
+) -> float:  # 1 equal, 0 chance
     "Adjusted mutual information, arithmetic mean, grouped by block sizes (Vinh et al. 2010)."
     n = len(a)
     (_, a, na), (_, b, nb) = [np.unique(v, return_inverse=True, return_counts=True) for v in (a, b)]
     cells, nc = np.unique(np.stack([a, b]), axis=1, return_counts=True)
-    if nc.size == na.size == nb.size: return 1. # the same partition
+    if nc.size == na.size == nb.size:
+        return 1.0  # the same partition
     na, nb, nc = (v.astype(np.float64) for v in (na, nb, nc))
     info = float((nc / n * np.log(n * nc / (na[cells[0]] * nb[cells[1]]))).sum())
     entropy = [float(-(v / n * np.log(v / n)).sum()) for v in (na, nb)]
@@ -40,52 +51,73 @@ def adjusted_mutual_information(
 
 # %% ../../nbs/70_eval/01_label_quality.ipynb #c457d302
 def label_quality(
-    labels:np.ndarray, # int64 `[N]`, -1 outlier
-    person:np.ndarray=None, # int64 `[N]` true identity of the same rows, where known; for reading only
-) -> dict: # clusters; outliers, a share from 0 to 1; with `person` also ari and ami over all rows, each outlier a cluster of its own
+    labels: np.ndarray,  # int64 `[N]`, -1 outlier
+    person: np.ndarray = None,  # int64 `[N]` true identity of the same rows, where known; for reading only
+) -> dict:  # clusters; outliers, a share from 0 to 1; with `person` also ari and ami over all rows, each outlier a cluster of its own
     "How many clusters and outliers, and how well they match the people (ours; Hubert & Arabie 1985, Vinh et al. 2010)."
     labels = np.asarray(labels)
-    quality = dict(clusters=check_labels(labels), outliers=float((labels < 0).mean()) if len(labels) else 0.)
-    if person is None: return quality
+    quality = dict(clusters=check_labels(labels), outliers=float((labels < 0).mean()) if len(labels) else 0.0)
+    if person is None:
+        return quality
     person = np.asarray(person)
-    if person.shape != labels.shape: raise ValueError(f"person must have one identity a row, {labels.shape}, got {person.shape}")
+    if person.shape != labels.shape:
+        raise ValueError(f"person must have one identity a row, {labels.shape}, got {person.shape}")
     from sklearn.metrics import adjusted_rand_score
+
     single = np.where(labels < 0, quality["clusters"] + np.arange(len(labels)), labels)
-    return {**quality, "ari": float(adjusted_rand_score(person, single)), "ami": adjusted_mutual_information(person, single)}
+    return {
+        **quality,
+        "ari": float(adjusted_rand_score(person, single)),
+        "ami": adjusted_mutual_information(person, single),
+    }
 
 # %% ../../nbs/70_eval/01_label_quality.ipynb #73a857ce
 def mining_report(
-    before:np.ndarray, # int64 `[n]` labels of one modality from clustering
-    after:np.ndarray, # int64 `[n]` the same after mining
-    person:np.ndarray=None, # int64 `[n]` true identity of the same rows, where known; for reading only
-) -> dict: # outliers_before, outliers_after, rescued (counts); with `person` also right, a share 0..1 of the rescued or None if there are none
+    before: np.ndarray,  # int64 `[n]` labels of one modality from clustering
+    after: np.ndarray,  # int64 `[n]` the same after mining
+    person: np.ndarray = None,  # int64 `[n]` true identity of the same rows, where known; for reading only
+) -> dict:  # outliers_before, outliers_after, rescued (counts); with `person` also right, a share 0..1 of the rescued or None if there are none
     "How many rows mining rescued, and what share of them rightly (ours)."
     before, after = np.asarray(before), np.asarray(after)
-    if before.shape != after.shape: raise ValueError(f"before and after must be labels of the same rows, got {before.shape} and {after.shape}")
+    if before.shape != after.shape:
+        raise ValueError(
+            f"before and after must be labels of the same rows, got {before.shape} and {after.shape}"
+        )
     clean = before >= 0
-    if (before != after)[clean].any(): raise ValueError(f"a clean label changed in row {np.flatnonzero(clean & (before != after))[0]}; mining may only label outliers")
+    if (before != after)[clean].any():
+        raise ValueError(
+            f"a clean label changed in row {np.flatnonzero(clean & (before != after))[0]}; mining may only label outliers"
+        )
     saved = ~clean & (after >= 0)
-    report = dict(outliers_before=int((~clean).sum()), outliers_after=int((after < 0).sum()), rescued=int(saved.sum()))
-    if person is None: return report
+    report = dict(
+        outliers_before=int((~clean).sum()), outliers_after=int((after < 0).sum()), rescued=int(saved.sum())
+    )
+    if person is None:
+        return report
     person = np.asarray(person)
-    if person.shape != before.shape: raise ValueError(f"person must have one identity a row, {before.shape}, got {person.shape}")
+    if person.shape != before.shape:
+        raise ValueError(f"person must have one identity a row, {before.shape}, got {person.shape}")
     cells, votes = np.unique(np.stack([before[clean], person[clean]]), axis=1, return_counts=True)
-    order = np.lexsort((cells[1], -votes, cells[0])); clusters, first = np.unique(cells[0][order], return_index=True)
-    if len(lost := np.setdiff1d(after[saved], clusters)): raise ValueError(f"cluster {lost[0]} has no clean member; mining may not make clusters")
+    order = np.lexsort((cells[1], -votes, cells[0]))
+    clusters, first = np.unique(cells[0][order], return_index=True)
+    if len(lost := np.setdiff1d(after[saved], clusters)):
+        raise ValueError(f"cluster {lost[0]} has no clean member; mining may not make clusters")
     majority = cells[1][order][first]
     right = majority[np.searchsorted(clusters, after[saved])] == person[saved]
     return {**report, "right": float(right.mean()) if saved.any() else None}
 
 # %% ../../nbs/70_eval/01_label_quality.ipynb #b63aea62
 def quality_of(
-    person:np.ndarray, # int64 `[N]`, true identity of each image
-    image_of:np.ndarray, # int64 `[M]`, a(j)
-): # (before, after) -> dict: ari, ami of the labels, and rescued (rows), right (share) of mining, each with _img and _txt
+    person: np.ndarray,  # int64 `[N]`, true identity of each image
+    image_of: np.ndarray,  # int64 `[M]`, a(j)
+):  # (before, after) -> dict: ari, ami of the labels, and rescued (rows), right (share) of mining, each with _img and _txt
     "What `epoch_labels` calls to judge labels without holding a person (ours)."
+
     def _quality(before, after):
         rows = {}
         for m, b, y, p in zip(("img", "txt"), before, after, (person, person[image_of])):
             rows |= {f"{k}_{m}": v for k, v in label_quality(y, p).items() if k in ("ari", "ami")}
             rows |= {f"{k}_{m}": v for k, v in mining_report(b, y, p).items() if k in ("rescued", "right")}
         return rows
+
     return _quality

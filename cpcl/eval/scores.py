@@ -14,42 +14,47 @@ import numpy as np
 from ..core import check_features, progress
 
 # %% ../../nbs/70_eval/00_scores.ipynb #dec0c73f
-METRICS = ("R1", "R5", "R10", "mAP", "mINP") # the columns of every table, in this order
+METRICS = ("R1", "R5", "R10", "mAP", "mINP")  # the columns of every table, in this order
+
 
 @dataclass(frozen=True)
 class Scores:
     "A row of a result table: five metrics in percent, how many queries count, and how many had no match (paper section 4)."
-    R1:float # share of queries whose first relevant item is at position 1, percent
-    R5:float # at position 5 or before
-    R10:float # at position 10 or before
-    mAP:float # mean average precision, percent
-    mINP:float # mean inverse negative penalty, percent
-    queries:int # queries that count
-    skipped:int = 0 # queries without any relevant item in the gallery; not in the averages
 
-    def as_dict(self) -> dict: # name -> number
+    R1: float  # share of queries whose first relevant item is at position 1, percent
+    R5: float  # at position 5 or before
+    R10: float  # at position 10 or before
+    mAP: float  # mean average precision, percent
+    mINP: float  # mean inverse negative penalty, percent
+    queries: int  # queries that count
+    skipped: int = 0  # queries without any relevant item in the gallery; not in the averages
+
+    def as_dict(self) -> dict:  # name -> number
         "The fields by name, for JSON and data frames (ours)."
         return asdict(self)
 
     def __str__(self):
         row = "  ".join(f"{m} {getattr(self, m):.2f}" for m in METRICS)
-        return f"{row}  ({self.queries} queries" + (f", {self.skipped} without a match)" if self.skipped else ")")
+        return f"{row}  ({self.queries} queries" + (
+            f", {self.skipped} without a match)" if self.skipped else ")"
+        )
 
 # %% ../../nbs/70_eval/00_scores.ipynb #73e2776a
 @dataclass(frozen=True)
 class QueryScores:
     "What each query scored, in query order; `.mean()` makes the table row (ours)."
-    first:np.ndarray # int64 `[Q]`, position of the first relevant item, from 1; 0 where not valid
-    ap:np.ndarray # float64 `[Q]`, average precision in 0..1; 0 where not valid
-    inp:np.ndarray # float64 `[Q]`, inverse negative penalty in 0..1; 0 where not valid
-    valid:np.ndarray # bool `[Q]`, whether the gallery holds anything relevant
 
-    def table(self) -> np.ndarray: # float64 `[Q, 5]`
+    first: np.ndarray  # int64 `[Q]`, position of the first relevant item, from 1; 0 where not valid
+    ap: np.ndarray  # float64 `[Q]`, average precision in 0..1; 0 where not valid
+    inp: np.ndarray  # float64 `[Q]`, inverse negative penalty in 0..1; 0 where not valid
+    valid: np.ndarray  # bool `[Q]`, whether the gallery holds anything relevant
+
+    def table(self) -> np.ndarray:  # float64 `[Q, 5]`
         "One column per metric of `METRICS`, in percent; rows that are not valid are zero (ours)."
         hits = [self.valid & (self.first <= n) for n in (1, 5, 10)]
         return 100 * np.stack([*hits, self.ap, self.inp], axis=1).astype("float64")
 
-    def mean(self) -> Scores: # NaN metrics when no query is valid
+    def mean(self) -> Scores:  # NaN metrics when no query is valid
         "Average over the queries that have a match (paper section 4)."
         n = int(self.valid.sum())
         row = self.table()[self.valid].mean(0) if n else np.full(len(METRICS), np.nan)
@@ -62,21 +67,25 @@ def _count_scores(sim, lo, hi, members):
     first, ap, inp = np.zeros(n_query, np.int64), np.zeros(n_query), np.zeros(n_query)
     for q in range(n_query):
         m = hi[q] - lo[q]
-        if m == 0: continue
-        good = np.sort(sim[q, members[lo[q]:hi[q]]])[::-1]
-        above = np.zeros(m, np.int64)           # all items, relevant or wrong, that score at least good[k]
+        if m == 0:
+            continue
+        good = np.sort(sim[q, members[lo[q] : hi[q]]])[::-1]
+        above = np.zeros(m, np.int64)  # all items, relevant or wrong, that score at least good[k]
         for start in range(0, n_gallery, 2048):
-            tile = sim[q, start:start + 2048]
+            tile = sim[q, start : start + 2048]
             for k in range(m):
                 c = np.int32(0)
                 for g in range(len(tile)):
-                    if tile[g] >= good[k]: c += np.int32(1)
+                    if tile[g] >= good[k]:
+                        c += np.int32(1)
                 above[k] += c
-        tied = 0                                # relevant items that score at least good[k]
+        tied = 0  # relevant items that score at least good[k]
         for k in range(m):
-            while tied < m and good[tied] >= good[k]: tied += 1
+            while tied < m and good[tied] >= good[k]:
+                tied += 1
             position = k + 1 + above[k] - tied
-            if k == 0: first[q] = position
+            if k == 0:
+                first[q] = position
             ap[q] += (k + 1) / position / m
             inp[q] = m / position
     return first, ap, inp
@@ -86,8 +95,11 @@ def _count_scores(sim, lo, hi, members):
 def _compiled():
     "`_count_scores` through numba, compiled for float32 already, cached on disk where that is possible."
     import numba
-    try: count = numba.njit(cache=True, nogil=True)(_count_scores)
-    except RuntimeError: count = numba.njit(nogil=True)(_count_scores)
+
+    try:
+        count = numba.njit(cache=True, nogil=True)(_count_scores)
+    except RuntimeError:
+        count = numba.njit(nogil=True)(_count_scores)
     count(np.zeros((1, 1), "float32"), *np.zeros((3, 1), np.int64))
     return count
 
@@ -95,11 +107,15 @@ def _compiled():
 def _relevant(query_person, gallery_person, n_query, n_gallery):
     "`lo`, `hi`, `members`: the gallery rows relevant to query q are `members[lo[q]:hi[q]]`."
     people = []
-    for name, p, n in (("query_person", query_person, n_query), ("gallery_person", gallery_person, n_gallery)):
+    for name, p, n in (
+        ("query_person", query_person, n_query),
+        ("gallery_person", gallery_person, n_gallery),
+    ):
         p = np.asarray(p)
         if p.shape != (n,) or not np.issubdtype(p.dtype, np.integer):
             raise ValueError(f"{name} must be {n} integers, one per row, got {p.dtype} of shape {p.shape}")
-        if n and p.min() < 0: raise ValueError(f"{name} must be 0 or above, got {p.min()}; leave rows of unknown people out")
+        if n and p.min() < 0:
+            raise ValueError(f"{name} must be 0 or above, got {p.min()}; leave rows of unknown people out")
         people.append(p)
     members = np.argsort(people[1], kind="stable")
     ordered = people[1][members]
@@ -111,155 +127,188 @@ def _count_blocks(blocks, lo, hi, members):
     count, parts, row = _compiled(), [], 0
     for sim in blocks:
         end = row + len(sim)
-        parts.append(count(sim, lo[row:end], hi[row:end], members)); row = end
+        parts.append(count(sim, lo[row:end], hi[row:end], members))
+        row = end
     empty = (np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
     first, ap, inp = (np.concatenate(p) for p in zip(empty, *parts))
     return QueryScores(first, ap, inp, hi > lo)
 
+
 def _checked(sim):
     "A contiguous float block; NaN is refused, as it would compare as smaller than everything."
     sim = np.ascontiguousarray(sim, dtype="float64" if sim.dtype == np.float64 else "float32")
-    if np.isnan(sim).any(): raise ValueError("sim holds NaN, which is neither above nor below a score")
+    if np.isnan(sim).any():
+        raise ValueError("sim holds NaN, which is neither above nor below a score")
     return sim
 
 # %% ../../nbs/70_eval/00_scores.ipynb #e87a2176
 def score_matrix(
-    sim:np.ndarray, # `[Q, G]` scores, greater = more alike; distances must be negated first
-    query_person:np.ndarray, # int64 `[Q]`, whom each query speaks of
-    gallery_person:np.ndarray, # int64 `[G]`, who each gallery item is
-    block:int=512, # query rows looked at together
-) -> QueryScores: # in query order
+    sim: np.ndarray,  # `[Q, G]` scores, greater = more alike; distances must be negated first
+    query_person: np.ndarray,  # int64 `[Q]`, whom each query speaks of
+    gallery_person: np.ndarray,  # int64 `[G]`, who each gallery item is
+    block: int = 512,  # query rows looked at together
+) -> QueryScores:  # in query order
     "Score a given matrix, ties against us (Ye et al. 2021 for mINP; tie rule ours)."
-    if np.ndim(sim) != 2: raise ValueError(f"sim must be [Q, G], got shape {np.shape(sim)}")
+    if np.ndim(sim) != 2:
+        raise ValueError(f"sim must be [Q, G], got shape {np.shape(sim)}")
     rel = _relevant(query_person, gallery_person, *sim.shape)
-    return _count_blocks((_checked(sim[i:i + block]) for i in range(0, len(sim), block)), *rel)
+    return _count_blocks((_checked(sim[i : i + block]) for i in range(0, len(sim), block)), *rel)
 
 # %% ../../nbs/70_eval/00_scores.ipynb #adfe3e3f
 def score_queries(
-    query:np.ndarray, # `[Q, D]` unit rows
-    gallery:np.ndarray, # `[G, D]` unit rows
-    query_person:np.ndarray, # int64 `[Q]`, whom each query speaks of
-    gallery_person:np.ndarray, # int64 `[G]`, who each gallery item is
-    block:int=512, # query rows at a time; memory is `4 * block * G` bytes
-) -> QueryScores: # in query order
+    query: np.ndarray,  # `[Q, D]` unit rows
+    gallery: np.ndarray,  # `[G, D]` unit rows
+    query_person: np.ndarray,  # int64 `[Q]`, whom each query speaks of
+    gallery_person: np.ndarray,  # int64 `[G]`, who each gallery item is
+    block: int = 512,  # query rows at a time; memory is `4 * block * G` bytes
+) -> QueryScores:  # in query order
     "Score all queries against the whole gallery without ever holding `[Q, G]` (ours)."
-    q, g = (np.ascontiguousarray(check_features(np.asarray(x), n), dtype="float32")
-            for x, n in ((query, "query"), (gallery, "gallery")))
-    if q.shape[1] != g.shape[1]: raise ValueError(f"query and gallery differ in width: {q.shape[1]} and {g.shape[1]}")
+    q, g = (
+        np.ascontiguousarray(check_features(np.asarray(x), n), dtype="float32")
+        for x, n in ((query, "query"), (gallery, "gallery"))
+    )
+    if q.shape[1] != g.shape[1]:
+        raise ValueError(f"query and gallery differ in width: {q.shape[1]} and {g.shape[1]}")
     rel = _relevant(query_person, gallery_person, len(q), len(g))
     return _count_blocks(_products(q, g, block), *rel)
+
 
 def _products(q, g, block):
     "Blocks of `q @ g.T`, one after the other in the same memory."
     buffer = np.empty((min(block, len(q)), len(g)), "float32")
     for i in progress(range(0, len(q), block), "evaluate", unit="block"):
-        yield np.matmul(q[i:i + block], g.T, out=buffer[:len(q[i:i + block])])
+        yield np.matmul(q[i : i + block], g.T, out=buffer[: len(q[i : i + block])])
 
 # %% ../../nbs/70_eval/00_scores.ipynb #6cfaf918
 def people_of(
-    image_of:np.ndarray, # int64 `[M]`, the image row of each caption row
-    n_images:int, # N
-    person:np.ndarray=None, # int64 `[N]`, true identity per image row; None where nobody is known
-) -> tuple[np.ndarray, np.ndarray]: # per image `[N]` and per caption `[M]`
+    image_of: np.ndarray,  # int64 `[M]`, the image row of each caption row
+    n_images: int,  # N
+    person: np.ndarray = None,  # int64 `[N]`, true identity per image row; None where nobody is known
+) -> tuple[np.ndarray, np.ndarray]:  # per image `[N]` and per caption `[M]`
     "Whom each image shows and each caption speaks of; without people every image stands for itself (ours)."
     image_of = np.asarray(image_of)
     if len(image_of) and not 0 <= image_of.min() <= image_of.max() < n_images:
         raise ValueError(f"image_of must lie in 0..{n_images - 1}, got {image_of.min()}..{image_of.max()}")
     who = np.arange(n_images) if person is None else np.asarray(person)
-    if len(who) != n_images: raise ValueError(f"person must have {n_images} rows, one per image, got {len(who)}")
+    if len(who) != n_images:
+        raise ValueError(f"person must have {n_images} rows, one per image, got {len(who)}")
     return who, who[image_of]
 
 # %% ../../nbs/70_eval/00_scores.ipynb #cc9bf549
 def evaluate(
-    img:np.ndarray, # `[N, D]` unit image features in row order
-    txt:np.ndarray, # `[M, D]` unit caption features in row order
-    image_of:np.ndarray, # int64 `[M]`, a(j), the image row of caption row j
-    person:np.ndarray=None, # int64 `[N]`, true identity per image row; None: a caption matches its own image only
-    direction:str="t2i", # "t2i": captions search images; "i2t": images search captions
-    block:int=512, # query rows at a time
-) -> QueryScores: # one entry a query, in row order
+    img: np.ndarray,  # `[N, D]` unit image features in row order
+    txt: np.ndarray,  # `[M, D]` unit caption features in row order
+    image_of: np.ndarray,  # int64 `[M]`, a(j), the image row of caption row j
+    person: np.ndarray = None,  # int64 `[N]`, true identity per image row; None: a caption matches its own image only
+    direction: str = "t2i",  # "t2i": captions search images; "i2t": images search captions
+    block: int = 512,  # query rows at a time
+) -> QueryScores:  # one entry a query, in row order
     "Score a whole split in one direction (paper section 4)."
-    if len(image_of) != len(txt): raise ValueError(f"image_of must have {len(txt)} rows, one per caption, got {len(image_of)}")
+    if len(image_of) != len(txt):
+        raise ValueError(f"image_of must have {len(txt)} rows, one per caption, got {len(image_of)}")
     image_person, caption_person = people_of(image_of, len(img), person)
-    if direction == "t2i": return score_queries(txt, img, caption_person, image_person, block)
-    if direction == "i2t": return score_queries(img, txt, image_person, caption_person, block)
+    if direction == "t2i":
+        return score_queries(txt, img, caption_person, image_person, block)
+    if direction == "i2t":
+        return score_queries(img, txt, image_person, caption_person, block)
     raise ValueError(f"direction must be 't2i' or 'i2t', got {direction!r}")
 
 # %% ../../nbs/70_eval/00_scores.ipynb #f6be8d4b
 def _neighbours(
-    x:np.ndarray, # `[n, D]` unit rows
-    k:int, # entries a row, itself included
-    block:int=512, # rows at a time
-) -> tuple[np.ndarray, np.ndarray]: # int64 `[n, k]` rows, nearest first; float32 `[n]` the row's greatest 2 - 2 cos
+    x: np.ndarray,  # `[n, D]` unit rows
+    k: int,  # entries a row, itself included
+    block: int = 512,  # rows at a time
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # int64 `[n, k]` rows, nearest first; float32 `[n]` the row's greatest 2 - 2 cos
     "The k most similar rows by similarity descending, then row ascending, and the farthest distance."
     near, far = np.empty((len(x), k), np.int64), np.empty(len(x), "float32")
     for i in progress(range(0, len(x), block), "neighbours", unit="block"):
-        sim = x[i:i + block] @ x.T
+        sim = x[i : i + block] @ x.T
         least = np.partition(sim, len(x) - k, axis=1)[:, len(x) - k]
         for j, (row, t) in enumerate(zip(sim, least), i):
-            at = np.flatnonzero(row >= t)                       # ascending, so a stable sort breaks ties by row
+            at = np.flatnonzero(row >= t)  # ascending, so a stable sort breaks ties by row
             near[j] = at[np.argsort(-row[at], kind="stable")[:k]]
-        far[i:i + block] = 2 - 2*sim.min(1)
+        far[i : i + block] = 2 - 2 * sim.min(1)
     return near, np.maximum(far, 1e-12)
 
 # %% ../../nbs/70_eval/00_scores.ipynb #f7d4c7e9
 def _reciprocal(
-    near:np.ndarray, # int64 `[n, k]`, neighbour rows
-) -> list[set]: # per row, those of its neighbours that name it back
+    near: np.ndarray,  # int64 `[n, k]`, neighbour rows
+) -> list[set]:  # per row, those of its neighbours that name it back
     "k-reciprocal neighbours (Zhong et al. 2017, equation 3)."
     return [{int(c) for c in row if i in near[c]} for i, row in enumerate(near)]
 
+
 def _expanded(
-    wide:list[set], # R, from lists of k1 + 1
-    half:list[set], # H, from half lists
-) -> list[np.ndarray]: # R*, ascending rows
+    wide: list[set],  # R, from lists of k1 + 1
+    half: list[set],  # H, from half lists
+) -> list[np.ndarray]:  # R*, ascending rows
     "Add the half set of each candidate that lies mostly inside (Zhong et al. 2017, equation 4)."
-    def _grow(r): return np.array(sorted(r.union(*(half[c] for c in r if 3*len(half[c] & r) > 2*len(half[c])))), np.int64)
+
+    def _grow(r):
+        return np.array(
+            sorted(r.union(*(half[c] for c in r if 3 * len(half[c] & r) > 2 * len(half[c])))), np.int64
+        )
+
     return [_grow(r) for r in wide]
 
 # %% ../../nbs/70_eval/00_scores.ipynb #fcd9d11d
 def _encode(
-    x:np.ndarray, # `[n, D]` unit rows
-    k1:int, # neighbours besides the row itself
-    k2:int, # rows averaged by the query expansion; 1 for none
-    block:int, # rows at a time
-): # scipy CSR `[n, n]`, rows sum to one; float32 `[n]` farthest distances
+    x: np.ndarray,  # `[n, D]` unit rows
+    k1: int,  # neighbours besides the row itself
+    k2: int,  # rows averaged by the query expansion; 1 for none
+    block: int,  # rows at a time
+):  # scipy CSR `[n, n]`, rows sum to one; float32 `[n]` farthest distances
     "The k-reciprocal encoding V of every row (Zhong et al. 2017, equations 7 and 11)."
     from scipy import sparse
+
     n, k = len(x), min(k1 + 1, len(x))
     near, far = _neighbours(x, k, block)
-    sets = _expanded(_reciprocal(near), _reciprocal(near[:, :int(np.around(k1/2)) + 1]))
+    sets = _expanded(_reciprocal(near), _reciprocal(near[:, : int(np.around(k1 / 2)) + 1]))
+
     def _weigh(i, s):
-        w = np.exp(-(2 - 2*x[s] @ x[i]) / far[i])
+        w = np.exp(-(2 - 2 * x[s] @ x[i]) / far[i])
         return w / w.sum()
+
     data = np.concatenate([_weigh(i, s) for i, s in enumerate(sets)])
     V = sparse.csr_matrix((data, np.concatenate(sets), np.cumsum([0, *map(len, sets)])), shape=(n, n))
-    if k2 == 1: return V, far
+    if k2 == 1:
+        return V, far
     k2 = min(k2, k)
-    mean = sparse.csr_matrix((np.full(n*k2, 1/k2, "float32"), near[:, :k2].ravel(), np.arange(0, n*k2 + 1, k2)), shape=(n, n))
+    mean = sparse.csr_matrix(
+        (np.full(n * k2, 1 / k2, "float32"), near[:, :k2].ravel(), np.arange(0, n * k2 + 1, k2)), shape=(n, n)
+    )
     return (mean @ V).tocsr(), far
 
 # %% ../../nbs/70_eval/00_scores.ipynb #44b81a35
 def rerank(
-    img:np.ndarray, # `[N, D]` unit rows, the gallery
-    txt:np.ndarray, # `[M, D]` unit rows, the queries; exchange the two for image-to-text
-    k1:int=20, # neighbours looked at, >= 1
-    k2:int=6, # rows averaged in the query expansion, >= 1
-    lam:float=.3, # weight of the plain distance, 0..1; 1 gives back the plain order
-    block:int=512, # rows at a time
-    max_gb:float=4., # refuse when the answer alone, 4 M N bytes, would be larger
-) -> np.ndarray: # float32 `[M, N]`, greater = more alike, for `score_matrix`
+    img: np.ndarray,  # `[N, D]` unit rows, the gallery
+    txt: np.ndarray,  # `[M, D]` unit rows, the queries; exchange the two for image-to-text
+    k1: int = 20,  # neighbours looked at, >= 1
+    k2: int = 6,  # rows averaged in the query expansion, >= 1
+    lam: float = 0.3,  # weight of the plain distance, 0..1; 1 gives back the plain order
+    block: int = 512,  # rows at a time
+    max_gb: float = 4.0,  # refuse when the answer alone, 4 M N bytes, would be larger
+) -> np.ndarray:  # float32 `[M, N]`, greater = more alike, for `score_matrix`
     "k-reciprocal re-ranking of captions against images, to be reported as a separate row (Zhong et al. 2017)."
-    img, txt = (np.ascontiguousarray(check_features(np.asarray(x), n), dtype="float32") for x, n in ((img, "img"), (txt, "txt")))
-    if k1 < 1 or k2 < 1 or not 0 <= lam <= 1: raise ValueError(f"need k1 >= 1, k2 >= 1 and lam in 0..1, got {k1}, {k2}, {lam}")
-    gb, m = 4e-9*len(txt)*len(img), len(txt)
-    if gb > max_gb: raise ValueError(f"re-ranking {m} x {len(img)} rows makes a matrix of {gb:.3g} GB, more than max_gb={max_gb}")
+    img, txt = (
+        np.ascontiguousarray(check_features(np.asarray(x), n), dtype="float32")
+        for x, n in ((img, "img"), (txt, "txt"))
+    )
+    if k1 < 1 or k2 < 1 or not 0 <= lam <= 1:
+        raise ValueError(f"need k1 >= 1, k2 >= 1 and lam in 0..1, got {k1}, {k2}, {lam}")
+    gb, m = 4e-9 * len(txt) * len(img), len(txt)
+    if gb > max_gb:
+        raise ValueError(
+            f"re-ranking {m} x {len(img)} rows makes a matrix of {gb:.3g} GB, more than max_gb={max_gb}"
+        )
     V, far = _encode(np.concatenate([txt, img]), k1, k2, block)
     columns, sim = V[m:].T.tocsr(), np.empty((m, len(img)), "float32")
     for i in progress(range(m), "re-rank"):
         row = V[i]
-        held = columns[row.indices]                             # who else has weight where row i has
+        held = columns[row.indices]  # who else has weight where row i has
         low = np.minimum(held.data, np.repeat(row.data, np.diff(held.indptr)))
         shared = np.bincount(held.indices, low, len(img))
-        sim[i] = (1 - lam) * shared/(2 - shared) - lam * (2 - 2*img @ txt[i])/far[i]
+        sim[i] = (1 - lam) * shared / (2 - shared) - lam * (2 - 2 * img @ txt[i]) / far[i]
     return sim

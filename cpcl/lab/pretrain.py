@@ -32,32 +32,39 @@ from ..train.loop import environment
 @dataclass(frozen=True)
 class PretrainConfig:
     "How the tiny CLIP is made (CLIP's recipe, small)."
-    samples:int = 256_000 # image-caption pairs seen
-    people:int = 5000 # studio people drawn
-    seed:int = 7_000_000 # of the world; benchmark sets use small seeds
-    batch_size:int = 64 # pairs a step
-    lr:float = 1e-3 # peak learning rate
-    warmup:float = .05 # share of the steps
-    tau:float = .05 # temperature of InfoNCE
-    photometric:float = 1. # strength of light, contrast and colour changes; 0: none
-    bf16:bool = False # 16-bit brain floats: quicker on a processor with AMX, slower elsewhere
+
+    samples: int = 256_000  # image-caption pairs seen
+    people: int = 5000  # studio people drawn
+    seed: int = 7_000_000  # of the world; benchmark sets use small seeds
+    batch_size: int = 64  # pairs a step
+    lr: float = 1e-3  # peak learning rate
+    warmup: float = 0.05  # share of the steps
+    tau: float = 0.05  # temperature of InfoNCE
+    photometric: float = 1.0  # strength of light, contrast and colour changes; 0: none
+    bf16: bool = False  # 16-bit brain floats: quicker on a processor with AMX, slower elsewhere
+
     def __post_init__(self):
-        if self.batch_size < 2: raise UserError(f"batch_size must be at least 2 pairs, got {self.batch_size}")
-        if self.samples < self.batch_size: raise UserError(f"samples must be at least one batch of {self.batch_size}, got {self.samples}")
-        if self.people < 2: raise UserError(f"people must be at least 2, got {self.people}")
+        if self.batch_size < 2:
+            raise UserError(f"batch_size must be at least 2 pairs, got {self.batch_size}")
+        if self.samples < self.batch_size:
+            raise UserError(f"samples must be at least one batch of {self.batch_size}, got {self.samples}")
+        if self.people < 2:
+            raise UserError(f"people must be at least 2, got {self.people}")
+
     @property
-    def steps(self): # optimiser steps
+    def steps(self):  # optimiser steps
         "Steps of the whole pre-training."
         return self.samples // self.batch_size
 
 # %% ../../nbs/lab/00_pretrain.ipynb #1da1563f
 def draw_world(
-    world:SynthWorld, # a population
-    size:tuple=(96, 40), # (height, width) in pixels
-    desc:str="drawing", # for the progress bar
-) -> tuple: # uint8 `[N, H, W, 3]`, list of lists of captions
+    world: SynthWorld,  # a population
+    size: tuple = (96, 40),  # (height, width) in pixels
+    desc: str = "drawing",  # for the progress bar
+) -> tuple:  # uint8 `[N, H, W, 3]`, list of lists of captions
     "Draw every image of a world at one size, with its captions (ours)."
     from PIL import Image
+
     pixels = np.zeros((len(world.shots), *size, 3), np.uint8)
     for row in progress(range(len(pixels)), desc, unit="image"):
         pixels[row] = world.image(row).resize(size[::-1], Image.BICUBIC)
@@ -65,19 +72,22 @@ def draw_world(
 
 # %% ../../nbs/lab/00_pretrain.ipynb #dba1d661
 def relight(
-    image:torch.Tensor, # uint8 `[B, H, W, 3]`
-    strength:float, # 0: none, 1: as trained
-    generator:torch.Generator, # randomness
-) -> torch.Tensor: # float32 `[B, 3, H, W]`, normalised for CLIP
+    image: torch.Tensor,  # uint8 `[B, H, W, 3]`
+    strength: float,  # 0: none, 1: as trained
+    generator: torch.Generator,  # randomness
+) -> torch.Tensor:  # float32 `[B, 3, H, W]`, normalised for CLIP
     "Random light, contrast, colour cast, mirror and shift, an image at a time (CLIP's and SimCLR's augmentations, vectorised)."
     b = len(image)
-    draw = lambda *shape: strength * (2 * torch.rand(*shape, generator=generator) - 1)
+
+    def draw(*shape):
+        return strength * (2 * torch.rand(*shape, generator=generator) - 1)
+
     x = image.permute(0, 3, 1, 2).float() / 255
-    x = x * torch.exp(.25 * draw(b, 1, 1, 1) + .12 * draw(b, 3, 1, 1)) + .08 * draw(b, 1, 1, 1)
+    x = x * torch.exp(0.25 * draw(b, 1, 1, 1) + 0.12 * draw(b, 3, 1, 1)) + 0.08 * draw(b, 1, 1, 1)
     mean = x.mean((1, 2, 3), keepdim=True)
-    x = (mean + (x - mean) * torch.exp(.3 * draw(b, 1, 1, 1))).clamp(0, 1)
+    x = (mean + (x - mean) * torch.exp(0.3 * draw(b, 1, 1, 1))).clamp(0, 1)
     if strength:
-        mirror = torch.rand(b, generator=generator) < .5
+        mirror = torch.rand(b, generator=generator) < 0.5
         x[mirror] = x[mirror].flip(3)
         dy, dx = (int(v) for v in torch.randint(-3, 4, (2,), generator=generator))
         x = x.roll((dy, dx), (2, 3))
@@ -85,20 +95,24 @@ def relight(
 
 # %% ../../nbs/lab/00_pretrain.ipynb #2645b812
 def pretrain(
-    out, # folder: model.safetensors, log.jsonl, state.safetensors
-    cfg:PretrainConfig=PretrainConfig(), # the recipe
-    resume:bool=True, # go on from a state in `out`
-    say=print, # where a line every 100 steps goes
-) -> Encoder: # the trained tiny CLIP
+    out,  # folder: model.safetensors, log.jsonl, state.safetensors
+    cfg: PretrainConfig = PretrainConfig(),  # the recipe
+    resume: bool = True,  # go on from a state in `out`
+    say=print,  # where a line every 100 steps goes
+) -> Encoder:  # the trained tiny CLIP
     "Pre-train the tiny CLIP on studio pairs (CLIP, Radford et al. 2021, section 2.3)."
-    out = Path(out); state = out/"state.safetensors"
+    out = Path(out)
+    state = out / "state.safetensors"
     seed_everything(cfg.seed)
     encoder = Encoder().train()
-    optimizer = build_optimizer(encoder, OptimConfig(lr=cfg.lr, weight_decay=0., warmup=0, bias_lr=1.))
+    optimizer = build_optimizer(encoder, OptimConfig(lr=cfg.lr, weight_decay=0.0, warmup=0, bias_lr=1.0))
     step, log = 0, []
     if resume and (found := newest_state(out, say)):
-        tensors, facts = found; fill_state(tensors, encoder, optimizer); step, log = facts["step"], facts["log"]
-        if facts["config"] != asdict(cfg): raise UserError(f"{out} was begun with other settings: {facts['config']}")
+        tensors, facts = found
+        fill_state(tensors, encoder, optimizer)
+        step, log = facts["step"], facts["log"]
+        if facts["config"] != asdict(cfg):
+            raise UserError(f"{out} was begun with other settings: {facts['config']}")
     world = SynthWorld(people=cfg.people, seed=cfg.seed, style="studio")
     pixels, texts = draw_world(world)
     tokens = [tokenize(t) for t in texts]
@@ -106,59 +120,79 @@ def pretrain(
     for step in bar:
         loss = pretrain_step(encoder, optimizer, pixels, tokens, cfg, step)
         if (step + 1) % 100 == 0 or step + 1 == cfg.steps:
-            log.append(dict(step=step + 1, samples=(step + 1) * cfg.batch_size, loss=round(loss, 4))); say(str(log[-1]))
-        if (step + 1) % 200 == 0: save_state(state, encoder, optimizer, step=step + 1, log=log, config=asdict(cfg))
+            log.append(dict(step=step + 1, samples=(step + 1) * cfg.batch_size, loss=round(loss, 4)))
+            say(str(log[-1]))
+        if (step + 1) % 200 == 0:
+            save_state(state, encoder, optimizer, step=step + 1, log=log, config=asdict(cfg))
     encoder.eval()
-    save_encoder(encoder, out/"model.safetensors", half=True)
-    write_json(out/"log.json", dict(config=asdict(cfg), environment=environment(), log=log))
-    for path in (state, state_before(state)): path.unlink(missing_ok=True)
+    save_encoder(encoder, out / "model.safetensors", half=True)
+    write_json(out / "log.json", dict(config=asdict(cfg), environment=environment(), log=log))
+    for path in (state, state_before(state)):
+        path.unlink(missing_ok=True)
     return encoder
 
 # %% ../../nbs/lab/00_pretrain.ipynb #cb81ff86
 def pretrain_step(
-    encoder, # the tiny CLIP
-    optimizer, # its optimiser
-    pixels, # uint8 `[N, H, W, 3]`
-    tokens, # a tensor `[captions, L]` an image
-    cfg:PretrainConfig, # the recipe
-    step:int, # 0-based; keys the batch
-) -> float: # the loss
+    encoder,  # the tiny CLIP
+    optimizer,  # its optimiser
+    pixels,  # uint8 `[N, H, W, 3]`
+    tokens,  # a tensor `[captions, L]` an image
+    cfg: PretrainConfig,  # the recipe
+    step: int,  # 0-based; keys the batch
+) -> float:  # the loss
     "One InfoNCE step on a batch drawn by (seed, step) alone (CLIP, figure 3)."
     rng = keyed_rng(cfg.seed, 1, step)
     rows = np.sort(rng.choice(len(pixels), min(cfg.batch_size, len(pixels)), replace=False))
     text = torch.stack([tokens[r][rng.integers(len(tokens[r]))] for r in rows])
-    text = text[:, :int((text != 0).sum(1).max())]
-    image = relight(torch.from_numpy(pixels[rows]), cfg.photometric, torch.Generator().manual_seed(int(rng.integers(2**31))))
+    text = text[:, : int((text != 0).sum(1).max())]
+    image = relight(
+        torch.from_numpy(pixels[rows]),
+        cfg.photometric,
+        torch.Generator().manual_seed(int(rng.integers(2**31))),
+    )
     set_learning_rate(optimizer, learning_rate(step, cfg.steps, round(cfg.warmup * cfg.steps)))
-    unfused = sdpa_kernel(SDPBackend.MATH) if cfg.bf16 else contextlib.nullcontext() # the fused attention's backward is slow in bf16 on a CPU
+    unfused = (
+        sdpa_kernel(SDPBackend.MATH) if cfg.bf16 else contextlib.nullcontext()
+    )  # the fused attention's backward is slow in bf16 on a CPU
     with unfused, torch.autocast("cpu", torch.bfloat16, enabled=cfg.bf16):
         img, txt = encoder(image, text)
     loss = itc(img, txt, tau=cfg.tau)
-    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
     return loss.item()
 
 # %% ../../nbs/lab/00_pretrain.ipynb #e3fe1d98
-PROBE_CLUSTERS = ClusterConfig(k1=6, eps=.5, min_samples=2) # what small sets use (configuration notebook)
+PROBE_CLUSTERS = ClusterConfig(k1=6, eps=0.5, min_samples=2)  # what small sets use (configuration notebook)
+
 
 @torch.no_grad()
 def probe(
-    encoder:Encoder, # to be judged
-    style:str="street", # the synthetic domain
-    people:int=150, # unseen people
-    seed:int=9_000_000, # of the world; shared with no split
-) -> dict: # R1, mAP in percent; clusters, outliers, ari, ami of both modalities
+    encoder: Encoder,  # to be judged
+    style: str = "street",  # the synthetic domain
+    people: int = 150,  # unseen people
+    seed: int = 9_000_000,  # of the world; shared with no split
+) -> dict:  # R1, mAP in percent; clusters, outliers, ari, ami of both modalities
     "Zero-shot scores of an encoder on a fresh synthetic population (ours)."
     world = SynthWorld(people=people, seed=seed, style=style)
     pixels, texts = draw_world(world, encoder.image_size)
-    image = [relight(torch.from_numpy(p), 0., torch.Generator()) for p in np.array_split(pixels, max(1, len(pixels) // 256))]
+    image = [
+        relight(torch.from_numpy(p), 0.0, torch.Generator())
+        for p in np.array_split(pixels, max(1, len(pixels) // 256))
+    ]
     flat = tokenize([t for ts in texts for t in ts])
     img = torch.cat([encoder.encode_image(x) for x in image]).numpy()
-    txt = torch.cat([encoder.encode_text(t[:, :int((t != 0).sum(1).max())]) for t in flat.split(512)]).numpy()
-    person = np.asarray(world.person); query = np.repeat(person, [len(t) for t in texts])
+    txt = torch.cat(
+        [encoder.encode_text(t[:, : int((t != 0).sum(1).max())]) for t in flat.split(512)]
+    ).numpy()
+    person = np.asarray(world.person)
+    query = np.repeat(person, [len(t) for t in texts])
     scores = score_queries(txt, img, query, person).mean()
     found = dict(style=style, people=people, images=len(img), R1=scores.R1, mAP=scores.mAP)
     for name, f, p in (("img", img, person), ("txt", txt, query)):
-        found |= {f"{k}_{name}": v for k, v in label_quality(pseudo_labels(f, **vars(PROBE_CLUSTERS)), p).items()}
+        found |= {
+            f"{k}_{name}": v for k, v in label_quality(pseudo_labels(f, **vars(PROBE_CLUSTERS)), p).items()
+        }
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
 
 # %% ../../nbs/lab/00_pretrain.ipynb #3b16b4a1
@@ -176,18 +210,27 @@ ARI and AMI: DBSCAN's labels (k1=6, eps=0.5, min_samples 2) against the true peo
 Limits: it knows drawn people only and is of no use on photographs; its words are those of our drawing program. Licence: MIT, as the project.
 """
 
+
 def write_card(
-    folder, # what `pretrain` wrote
-    people:int=150, # unseen people a domain
-) -> Path: # the card
+    folder,  # what `pretrain` wrote
+    people: int = 150,  # unseen people a domain
+) -> Path:  # the card
     "Ask the tiny CLIP about both domains and write `card.json` and `README.md` (ours)."
     import json
     from cpcl.encoder.towers import EncoderConfig, load_encoder
+
     folder = Path(folder)
-    encoder = load_encoder(EncoderConfig(pretrained=str(folder/"model.safetensors")))
+    encoder = load_encoder(EncoderConfig(pretrained=str(folder / "model.safetensors")))
     found = {style: probe(encoder, style, people) for style in ("studio", "street")}
-    write_json(folder/"card.json", found)
-    recipe = json.loads((folder/"log.json").read_text(encoding="utf8"))["config"]
-    rows = "\n".join(f"| {k} | {found['studio'][k]} | {found['street'][k]} |" for k in found["street"] if k not in ("style", "people"))
-    (folder/"README.md").write_text(CARD.format(rows=rows, n=people, **{k: recipe[k] for k in ("samples", "people", "seed")}), encoding="utf8")
-    return folder/"README.md"
+    write_json(folder / "card.json", found)
+    recipe = json.loads((folder / "log.json").read_text(encoding="utf8"))["config"]
+    rows = "\n".join(
+        f"| {k} | {found['studio'][k]} | {found['street'][k]} |"
+        for k in found["street"]
+        if k not in ("style", "people")
+    )
+    (folder / "README.md").write_text(
+        CARD.format(rows=rows, n=people, **{k: recipe[k] for k in ("samples", "people", "seed")}),
+        encoding="utf8",
+    )
+    return folder / "README.md"

@@ -37,62 +37,91 @@ from ..train.loop import environment, load_run, score_split, train_run
 @dataclass(frozen=True)
 class Spec:
     "One run of an ablation: a preset, a seed, and what is changed (ours)."
-    preset:str # a key of `PRESETS`
-    seed:int # of the run
-    changes:dict = field(default_factory=dict) # dotted settings -> values
-    label:str = "" # how tables call it; the preset if empty
+
+    preset: str  # a key of `PRESETS`
+    seed: int  # of the run
+    changes: dict = field(default_factory=dict)  # dotted settings -> values
+    label: str = ""  # how tables call it; the preset if empty
 
     @property
-    def name(self): # for tables
+    def name(self):  # for tables
         "The row of the table this run belongs to."
         return self.label or self.preset
 
 # %% ../../nbs/lab/01_records.ipynb #88af73f5
 def fingerprint(
-    root, # folder of a data set
-) -> str: # its name and 16 hexadecimal digits
+    root,  # folder of a data set
+) -> str:  # its name and 16 hexadecimal digits
     "By what a record knows its data set: image names and captions of every split (ours)."
     splits = [load_split(root, split=s) for s in ("train", "val", "test") if has_split(root, None, s)]
     text = repr([(list(s.images), list(s.captions), np.asarray(s.image_of).tolist()) for s in splits])
     return f"{Path(root).name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
+
 def _used(cfg):
     "A configuration without what a run of it never reads: the preset's name, clustering and mining where labels do not come from clusters, how to mine where nothing is mined, prototypes where no loss meets them."
-    labels = cfg.labels if cfg.labels.source in ("clusters", "image") else LabelConfig(source=cfg.labels.source, mates=cfg.labels.mates)
-    if labels.oplm.stages == "none": labels = replace(labels, oplm=OPLMConfig(stages="none"))
+    labels = (
+        cfg.labels
+        if cfg.labels.source in ("clusters", "image")
+        else LabelConfig(source=cfg.labels.source, mates=cfg.labels.mates)
+    )
+    if labels.oplm.stages == "none":
+        labels = replace(labels, oplm=OPLMConfig(stages="none"))
     hcm, memory = cfg.hcm, cfg.memory
-    if hcm.pcm == "none" or not hcm.lam: hcm, memory = replace(hcm, pcm="none", lam=0., tau_p=1.), MemoryConfig()
+    if hcm.pcm == "none" or not hcm.lam:
+        hcm, memory = replace(hcm, pcm="none", lam=0.0, tau_p=1.0), MemoryConfig()
     return replace(cfg, preset="", labels=labels, hcm=hcm, memory=memory)
 
+
 def answers(
-    record:dict, # a record
-    cfg:TrainConfig, # the configuration asked for
-    data:str, # fingerprint of the set asked for
+    record: dict,  # a record
+    cfg: TrainConfig,  # the configuration asked for
+    data: str,  # fingerprint of the set asked for
 ) -> bool:
     "Does a record hold the run of this configuration on this set? (ours)"
-    if record["data"] != data: return False
-    try: made = config_from(record["config"])
-    except UserError: return False # of another version, with other settings
+    if record["data"] != data:
+        return False
+    try:
+        made = config_from(record["config"])
+    except UserError:
+        return False  # of another version, with other settings
     return _used(made) == _used(cfg)
 
 # %% ../../nbs/lab/01_records.ipynb #dc0aa25e
 def make_record(
-    spec:Spec, # what was run
-    run, # its run folder
-    root, # the data set
-    seconds:float, # of the whole run
-) -> dict: # plain JSON values
+    spec: Spec,  # what was run
+    run,  # its run folder
+    root,  # the data set
+    seconds: float,  # of the whole run
+) -> dict:  # plain JSON values
     "Settings, history and every test query's result of a finished run (ours)."
     scores = score_split(load_run(run), load_split(root, split="test"))
-    result = json.loads((Path(run)/"result.json").read_text(encoding="utf8"))
-    tidy = lambda row: {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items() if k != "seconds"}
+    result = json.loads((Path(run) / "result.json").read_text(encoding="utf8"))
+
+    def tidy(row):
+        return {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items() if k != "seconds"}
+
     history = read_history(run)
-    return dict(spec=asdict(spec), data=fingerprint(root), config=config_dict(read_config(run)), result=result, history=[tidy(r) for r in history],
-        queries=dict(first=scores.first.tolist(), ap=np.round(scores.ap, 4).tolist(), inp=np.round(scores.inp, 4).tolist()),
-        stages=pd.DataFrame([r["seconds"] for r in history]).sum().round(1).to_dict(), seconds=round(seconds, 1), memory=peak_memory(), environment=environment())
+    return dict(
+        spec=asdict(spec),
+        data=fingerprint(root),
+        config=config_dict(read_config(run)),
+        result=result,
+        history=[tidy(r) for r in history],
+        queries=dict(
+            first=scores.first.tolist(),
+            ap=np.round(scores.ap, 4).tolist(),
+            inp=np.round(scores.inp, 4).tolist(),
+        ),
+        stages=pd.DataFrame([r["seconds"] for r in history]).sum().round(1).to_dict(),
+        seconds=round(seconds, 1),
+        memory=peak_memory(),
+        environment=environment(),
+    )
+
 
 def query_scores(
-    record:dict, # a record
+    record: dict,  # a record
 ) -> QueryScores:
     "The single test queries of a record (ours)."
     q = {k: np.array(v) for k, v in record["queries"].items()}
@@ -101,211 +130,338 @@ def query_scores(
 # %% ../../nbs/lab/01_records.ipynb #85c5bfdb
 BENCH = dict(people=1000, seed=1000, style="town", splits=(700, 100, 200), shots=(3, 5))
 
+
 def bench_set(
-    folder=None, # where it lies or shall lie; data/synth-1k of the checkout if not given
-    **changes, # another set of the same kind, e.g. seed=1001
-) -> Path: # the folder
+    folder=None,  # where it lies or shall lie; data/synth-1k of the checkout if not given
+    **changes,  # another set of the same kind, e.g. seed=1001
+) -> Path:  # the folder
     "The set `synth-1k`, drawn if it is not there; raises UserError where something else is (ours)."
     how = BENCH | changes
-    folder = Path(folder) if folder else (repo_root() or Path("."))/"data"/("synth-1k" if how["seed"] == BENCH["seed"] else f"synth-1k-{how['seed']}")
-    if not (folder/"synth.json").is_file() or not has_split(folder, None, "test"): return write_synth(folder, **how)
-    found = json.loads((folder/"synth.json").read_text())
+    folder = (
+        Path(folder)
+        if folder
+        else (repo_root() or Path("."))
+        / "data"
+        / ("synth-1k" if how["seed"] == BENCH["seed"] else f"synth-1k-{how['seed']}")
+    )
+    if not (folder / "synth.json").is_file() or not has_split(folder, None, "test"):
+        return write_synth(folder, **how)
+    found = json.loads((folder / "synth.json").read_text())
     world = SynthWorld(how["people"], how["seed"], how["style"], how["shots"])
-    if found["checksum"] != checksum(world): raise UserError(f"{folder} holds another synthetic set (seed {found['seed']}, {found['people']} people, version {found['version']}); remove it and it will be drawn anew")
+    if found["checksum"] != checksum(world):
+        raise UserError(
+            f"{folder} holds another synthetic set (seed {found['seed']}, {found['people']} people, version {found['version']}); remove it and it will be drawn anew"
+        )
     return folder
 
 # %% ../../nbs/lab/01_records.ipynb #33d9896f
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1") | {"TQDM_DISABLE": "1"} # and no bars through each other
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1") | {
+    "TQDM_DISABLE": "1"
+}  # and no bars through each other
+
 
 def run_one(
-    spec:Spec, # what to run
-    root, # data set to train and test on
-    run, # run folder; an unfinished run in it is gone on with, a finished one is removed
-    **kwargs, # further arguments of `train_run`
-) -> dict: # its record
+    spec: Spec,  # what to run
+    root,  # data set to train and test on
+    run,  # run folder; an unfinished run in it is gone on with, a finished one is removed
+    **kwargs,  # further arguments of `train_run`
+) -> dict:  # its record
     "Train and judge one run (ours)."
     start = time.perf_counter()
-    train_run(root, run, preset=spec.preset, seed=spec.seed, changes=spec.changes, resume=True, say=lambda line: None, **kwargs)
+    train_run(
+        root,
+        run,
+        preset=spec.preset,
+        seed=spec.seed,
+        changes=spec.changes,
+        resume=True,
+        say=lambda line: None,
+        **kwargs,
+    )
     record = json.loads(json.dumps(make_record(spec, run, root, time.perf_counter() - start)))
     shutil.rmtree(run)
     return record
 
+
 def _run_all(todo, root, jobs, kwargs):
     "Records of the runs in `todo` [(spec, folder)], as they come."
-    if jobs == 1: yield from (run_one(s, root, run, **kwargs) for s, run in todo); return
-    there = import_module("cpcl.lab.records") # what a notebook defines, another process does not have
+    if jobs == 1:
+        yield from (run_one(s, root, run, **kwargs) for s, run in todo)
+        return
+    there = import_module("cpcl.lab.records")  # what a notebook defines, another process does not have
     with mock.patch.dict(os.environ, ONE_THREAD), ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        futures = [pool.submit(there.run_one, there.Spec(**asdict(s)), root, run, **kwargs) for s, run in todo]
-        try: yield from (f.result() for f in as_completed(futures))
-        finally: pool.shutdown(wait=False, cancel_futures=True)
+        futures = [
+            pool.submit(there.run_one, there.Spec(**asdict(s)), root, run, **kwargs) for s, run in todo
+        ]
+        try:
+            yield from (f.result() for f in as_completed(futures))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../../nbs/lab/01_records.ipynb #446496e2
 def run_missing(
-    specs:list, # what the notebook compares
-    file, # the records, e.g. records/synth-1k.json
-    root, # data set to train and test on
-    runs=None, # folder for unfinished run folders; `runs/ablations` of the checkout if not given
-    say=print, # where lines go
-    jobs:int=0, # runs at once; 0: one a core, a single one on a GPU
-    schedule:str="tiny", # of every run
-    encoder:EncoderConfig=EncoderConfig(), # of every run
-) -> list: # a record a spec
+    specs: list,  # what the notebook compares
+    file,  # the records, e.g. records/synth-1k.json
+    root,  # data set to train and test on
+    runs=None,  # folder for unfinished run folders; `runs/ablations` of the checkout if not given
+    say=print,  # where lines go
+    jobs: int = 0,  # runs at once; 0: one a core, a single one on a GPU
+    schedule: str = "tiny",  # of every run
+    encoder: EncoderConfig = EncoderConfig(),  # of every run
+) -> list:  # a record a spec
     "Read the records of a grid, training those that are missing if CPCL_RUN=1; raises UserError (ours)."
     file, root, train = Path(file), Path(root).resolve(), load_split(root, split="train")
     data, name = fingerprint(root), detect(root)
-    records = [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()] if file.is_file() else []
-    cfgs = [make_config(s.preset, schedule, name, len(train.images), encoder, s.seed, s.changes) for s in specs]
-    find = lambda cfg: next((r for r in records if answers(r, cfg, data)), None)
+    records = (
+        [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()] if file.is_file() else []
+    )
+    cfgs = [
+        make_config(s.preset, schedule, name, len(train.images), encoder, s.seed, s.changes) for s in specs
+    ]
+
+    def find(cfg):
+        return next((r for r in records if answers(r, cfg, data)), None)
+
     todo = {repr(_used(c)): s for s, c in zip(specs, cfgs) if find(c) is None}
     if todo and os.environ.get("CPCL_RUN") != "1":
         s = next(iter(todo.values()))
-        raise UserError(f"{len(todo)} of {len(specs)} runs have no record in {file.name}, e.g. {s.name} seed {s.seed}: run this notebook with CPCL_RUN=1, or `cpcl ablate NOTEBOOK`")
+        raise UserError(
+            f"{len(todo)} of {len(specs)} runs have no record in {file.name}, e.g. {s.name} seed {s.seed}: run this notebook with CPCL_RUN=1, or `cpcl ablate NOTEBOOK`"
+        )
     jobs = jobs or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
-    runs = Path(runs) if runs else (repo_root() or Path("."))/"runs"/"ablations"
-    folders = [(s, runs/f"{root.name}-{hashlib.sha256((data + config).encode()).hexdigest()[:12]}") for config, s in todo.items()]
+    runs = Path(runs) if runs else (repo_root() or Path(".")) / "runs" / "ablations"
+    folders = [
+        (s, runs / f"{root.name}-{hashlib.sha256((data + config).encode()).hexdigest()[:12]}")
+        for config, s in todo.items()
+    ]
     start = time.perf_counter()
     for done, record in enumerate(_run_all(folders, root, jobs, dict(schedule=schedule, encoder=encoder)), 1):
         records.append(record)
-        with atomic_path(file) as tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf8")
+        with atomic_path(file) as tmp:
+            tmp.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf8")
         r, s = record["result"]["last"], Spec(**record["spec"])
         left = (time.perf_counter() - start) / done * (len(todo) - done)
-        say(f"{done}/{len(todo)} {s.name} seed {s.seed}: R1 {r['R1']:.2f} mAP {r['mAP']:.2f}, {record['seconds']:.0f} s; about {left / 60:.0f} min left", flush=True)
+        say(
+            f"{done}/{len(todo)} {s.name} seed {s.seed}: R1 {r['R1']:.2f} mAP {r['mAP']:.2f}, {record['seconds']:.0f} s; about {left / 60:.0f} min left",
+            flush=True,
+        )
     return [find(c) | {"spec": asdict(s)} for s, c in zip(specs, cfgs)]
 
 # %% ../../nbs/lab/01_records.ipynb #07be0d4e
 def run_notebook(
-    notebook, # a path, or the name of a notebook in nbs/ablations
-    say=print, # where its lines go
-) -> Path: # the notebook, executed in place
+    notebook,  # a path, or the name of a notebook in nbs/ablations
+    say=print,  # where its lines go
+) -> Path:  # the notebook, executed in place
     "Train what a notebook has no record of and show its lines; raises UserError (nbclient)."
-    try: import nbformat, nbclient
-    except ImportError: raise UserError("to run a notebook, install nbclient (it comes with jupyterlab)") from None
+    try:
+        import nbformat, nbclient
+    except ImportError:
+        raise UserError("to run a notebook, install nbclient (it comes with jupyterlab)") from None
+
     class Live(nbclient.NotebookClient):
         def output(self, outs, msg, display_id, cell_index):
             "Pass on what a cell prints, as it comes."
-            if msg["msg_type"] == "stream" and msg["content"]["name"] == "stdout": say(msg["content"]["text"], end="", flush=True)
+            if msg["msg_type"] == "stream" and msg["content"]["name"] == "stdout":
+                say(msg["content"]["text"], end="", flush=True)
             return super().output(outs, msg, display_id, cell_index)
-    tries = [Path(notebook), (repo_root() or Path("."))/"nbs"/"ablations"/f"{Path(notebook).stem}.ipynb"]
+
+    tries = [
+        Path(notebook),
+        (repo_root() or Path(".")) / "nbs" / "ablations" / f"{Path(notebook).stem}.ipynb",
+    ]
     path = next((p for p in tries if p.is_file()), None)
-    if path is None: raise UserError(f"no notebook {notebook}; there are: {', '.join(sorted(p.stem for p in tries[1].parent.glob('*.ipynb'))) or 'none here'}")
-    try: nb = nbformat.read(path, 4)
-    except Exception as e: raise UserError(f"{path} is no notebook ({type(e).__name__}): give one of nbs/ablations") from None
-    client = Live(nb, timeout=None, kernel_name="python3", record_timing=False, extra_arguments=["--IPKernelApp.log_level=ERROR"], resources={"metadata": {"path": str(path.parent)}})
+    if path is None:
+        raise UserError(
+            f"no notebook {notebook}; there are: {', '.join(sorted(p.stem for p in tries[1].parent.glob('*.ipynb'))) or 'none here'}"
+        )
+    try:
+        nb = nbformat.read(path, 4)
+    except Exception as e:
+        raise UserError(f"{path} is no notebook ({type(e).__name__}): give one of nbs/ablations") from None
+    client = Live(
+        nb,
+        timeout=None,
+        kernel_name="python3",
+        record_timing=False,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     with mock.patch.dict(os.environ, {"CPCL_RUN": "1"}):
-        try: client.execute()
-        except nbclient.exceptions.CellExecutionError as e: raise UserError(f"{path.name} stopped at {e.ename}: {e.evalue}") from e
-    nb.metadata.pop("language_info", None); nb.metadata.pop("widgets", None)
-    with atomic_path(path) as tmp: nbformat.write(nb, tmp)
+        try:
+            client.execute()
+        except nbclient.exceptions.CellExecutionError as e:
+            raise UserError(f"{path.name} stopped at {e.ename}: {e.evalue}") from e
+    nb.metadata.pop("language_info", None)
+    nb.metadata.pop("widgets", None)
+    with atomic_path(path) as tmp:
+        nbformat.write(nb, tmp)
     return path
 
 # %% ../../nbs/lab/01_records.ipynb #ff3783e3
 def measured(
-    file, # the records, a JSON object with a measurement a name
-    prelude:str, # code before that of every measurement
-    name:str, # of the measurement
-    code:str, # Python whose last printed line is a JSON object; it finds `params`
-    **params, # plain JSON values
-) -> dict: # what it printed, with the device
+    file,  # the records, a JSON object with a measurement a name
+    prelude: str,  # code before that of every measurement
+    name: str,  # of the measurement
+    code: str,  # Python whose last printed line is a JSON object; it finds `params`
+    **params,  # plain JSON values
+) -> dict:  # what it printed, with the device
     "Read a measurement, making it if it is missing and CPCL_RUN=1; raises UserError (ours)."
-    file = Path(file); found = json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
+    file = Path(file)
+    found = json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
     if name not in found:
-        if os.environ.get("CPCL_RUN") != "1": raise UserError(f"{name} has no record in {file.name}: run this notebook with CPCL_RUN=1")
+        if os.environ.get("CPCL_RUN") != "1":
+            raise UserError(f"{name} has no record in {file.name}: run this notebook with CPCL_RUN=1")
         text = f"{prelude}\nimport json\nparams = json.loads({json.dumps(params)!r})\n{code}"
         run = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-        if run.returncode: raise UserError(f"{name} stopped: {run.stderr[-2000:]}")
-        found[name] = json.loads(run.stdout.splitlines()[-1]) | {"device": f"{environment()['device']}, {environment()['threads']} threads"}
+        if run.returncode:
+            raise UserError(f"{name} stopped: {run.stderr[-2000:]}")
+        found[name] = json.loads(run.stdout.splitlines()[-1]) | {
+            "device": f"{environment()['device']}, {environment()['threads']} threads"
+        }
         write_json(file, found)
     return found[name]
 
 # %% ../../nbs/lab/01_records.ipynb #8aba9a0c
 def seed_table(
-    records:list, # what `run_missing` gave
-    which:str="last", # "last" or "best"
-) -> pd.DataFrame: # a row a run
+    records: list,  # what `run_missing` gave
+    which: str = "last",  # "last" or "best"
+) -> pd.DataFrame:  # a row a run
     "Every run of a grid with its scores (ours)."
     devices = {r["environment"]["device"] for r in records}
-    if len(devices) > 1: raise ValueError(f"records of several devices in one table: {', '.join(sorted(devices))}")
-    return pd.DataFrame([{"method": r["spec"]["label"] or r["spec"]["preset"], "seed": r["spec"]["seed"]} | {m: r["result"][which][m] for m in METRICS} | {"seconds": r["seconds"]} for r in records])
+    if len(devices) > 1:
+        raise ValueError(f"records of several devices in one table: {', '.join(sorted(devices))}")
+    return pd.DataFrame(
+        [
+            {"method": r["spec"]["label"] or r["spec"]["preset"], "seed": r["spec"]["seed"]}
+            | {m: r["result"][which][m] for m in METRICS}
+            | {"seconds": r["seconds"]}
+            for r in records
+        ]
+    )
+
 
 def mean_table(
-    records:list, # what `run_missing` gave
-    which:str="last", # "last" or "best"
-) -> pd.DataFrame: # a row a method, "mean ± deviation"; of a single seed there is no deviation
+    records: list,  # what `run_missing` gave
+    which: str = "last",  # "last" or "best"
+) -> pd.DataFrame:  # a row a method, "mean ± deviation"; of a single seed there is no deviation
     "Mean and sample deviation over seeds (ours)."
     groups = seed_table(records, which).groupby("method", sort=False)[list(METRICS)]
     mean, deviation = groups.mean(), groups.std()
-    return pd.DataFrame({m: [f"{a:.2f} ± {b:.2f}" if b == b else f"{a:.2f}" for a, b in zip(mean[m], deviation[m])] for m in METRICS}, index=mean.index)
+    return pd.DataFrame(
+        {
+            m: [f"{a:.2f} ± {b:.2f}" if b == b else f"{a:.2f}" for a, b in zip(mean[m], deviation[m])]
+            for m in METRICS
+        },
+        index=mean.index,
+    )
 
 # %% ../../nbs/lab/01_records.ipynb #6af7d752
 def val_table(
-    records:list, # what `run_missing` gave
-    base:str="", # name of the row that the others are compared with; the first if empty
-) -> pd.DataFrame: # a row a method: val R1 and mAP of the last epoch, mean over seeds, and the difference to the base over the seeds that both have
+    records: list,  # what `run_missing` gave
+    base: str = "",  # name of the row that the others are compared with; the first if empty
+) -> pd.DataFrame:  # a row a method: val R1 and mAP of the last epoch, mean over seeds, and the difference to the base over the seeds that both have
     "What a choice of settings may look at (ours)."
-    names = list(seed_table(records).method) # refuses to mix devices
-    rows = pd.DataFrame([(n, r["spec"]["seed"], r["history"][-1]["val_R1"], r["history"][-1]["val_mAP"]) for n, r in zip(names, records)], columns=["method", "seed", "R1", "mAP"])
+    names = list(seed_table(records).method)  # refuses to mix devices
+    rows = pd.DataFrame(
+        [
+            (n, r["spec"]["seed"], r["history"][-1]["val_R1"], r["history"][-1]["val_mAP"])
+            for n, r in zip(names, records)
+        ],
+        columns=["method", "seed", "R1", "mAP"],
+    )
     own = rows[rows.method == (base or names[0])].set_index("seed")[["R1", "mAP"]]
-    for m in own: rows[f"{m} - base"] = rows[m] - rows.seed.map(own[m])
+    for m in own:
+        rows[f"{m} - base"] = rows[m] - rows.seed.map(own[m])
     groups = rows.groupby("method", sort=False)
-    return groups[["R1", "mAP"]].mean().assign(seeds=groups.size(), **{c: groups[c].mean() for c in ("R1 - base", "mAP - base")}).round(2)
+    return (
+        groups[["R1", "mAP"]]
+        .mean()
+        .assign(seeds=groups.size(), **{c: groups[c].mean() for c in ("R1 - base", "mAP - base")})
+        .round(2)
+    )
 
 # %% ../../nbs/lab/01_records.ipynb #c9eba1c5
 def seed_plot(
-    records:list, # what `run_missing` gave
-    metrics:tuple=("R1", "mAP"), # a panel each
-): # the figure
+    records: list,  # what `run_missing` gave
+    metrics: tuple = ("R1", "mAP"),  # a panel each
+):  # the figure
     "Every run as a dot, every method's mean as a line (ours)."
-    table = seed_table(records); names = list(dict.fromkeys(table.method))
-    fig, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), .8 + .26 * len(names)), sharey=True, layout="constrained")
+    table = seed_table(records)
+    names = list(dict.fromkeys(table.method))
+    fig, axes = plt.subplots(
+        1,
+        len(metrics),
+        figsize=(3.6 * len(metrics), 0.8 + 0.26 * len(names)),
+        sharey=True,
+        layout="constrained",
+    )
     for ax, m in zip(np.atleast_1d(axes), metrics):
         for i, n in enumerate(names):
             own = table[table.method == n]
-            ax.scatter(own[m], [i] * len(own), s=14, c=[f"C{s}" for s in own.seed], alpha=.85)
-            ax.plot([own[m].mean()] * 2, [i - .35, i + .35], color="k", lw=1.2)
-        ax.set_xlabel(f"{m}, %"); ax.grid(axis="x", alpha=.3)
-    ax.set_yticks(range(len(names)), names); ax.invert_yaxis()
+            ax.scatter(own[m], [i] * len(own), s=14, c=[f"C{s}" for s in own.seed], alpha=0.85)
+            ax.plot([own[m].mean()] * 2, [i - 0.35, i + 0.35], color="k", lw=1.2)
+        ax.set_xlabel(f"{m}, %")
+        ax.grid(axis="x", alpha=0.3)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
     return fig
 
 # %% ../../nbs/lab/01_records.ipynb #2437fc2f
 def difference(
-    records:list, # what `run_missing` gave
-    base:str, # name of the method compared with
-    other:str, # name of the method in question
-    query_person, # int64 `[Q]`, whom each query speaks of
-) -> pd.DataFrame: # a row a metric: difference, low, high
+    records: list,  # what `run_missing` gave
+    base: str,  # name of the method compared with
+    other: str,  # name of the method in question
+    query_person,  # int64 `[Q]`, whom each query speaks of
+) -> pd.DataFrame:  # a row a metric: difference, low, high
     "Mean paired difference other - base over seeds, with its bootstrap interval over people (ours)."
-    by = {n: {r["spec"]["seed"]: query_scores(r) for r in records if (r["spec"]["label"] or r["spec"]["preset"]) == n} for n in (base, other)}
+    by = {
+        n: {
+            r["spec"]["seed"]: query_scores(r)
+            for r in records
+            if (r["spec"]["label"] or r["spec"]["preset"]) == n
+        }
+        for n in (base, other)
+    }
     seeds = sorted(by[base])
-    if not seeds or seeds != sorted(by[other]): raise ValueError(f"{base} has seeds {seeds}, {other} has {sorted(by[other])}: a pair needs the same")
+    if not seeds or seeds != sorted(by[other]):
+        raise ValueError(f"{base} has seeds {seeds}, {other} has {sorted(by[other])}: a pair needs the same")
     found = paired_bootstrap([by[base][s] for s in seeds], [by[other][s] for s in seeds], query_person)
     return pd.DataFrame({m: dict(zip(("difference", "low", "high"), v)) for m, v in found.items()}).T
 
 # %% ../../nbs/lab/01_records.ipynb #5ee0e78f
 def against(
-    records:list, # what `run_missing` gave
-    base:str, # name of the method compared with
-    query_person, # int64 `[Q]`, whom each query speaks of
-    metrics:tuple=("R1", "mAP"), # columns
-) -> pd.DataFrame: # a row a method: seeds in common with the base, and "+1.23 (+0.45 to +2.01)" a metric
+    records: list,  # what `run_missing` gave
+    base: str,  # name of the method compared with
+    query_person,  # int64 `[Q]`, whom each query speaks of
+    metrics: tuple = ("R1", "mAP"),  # columns
+) -> pd.DataFrame:  # a row a method: seeds in common with the base, and "+1.23 (+0.45 to +2.01)" a metric
     "Every method's paired difference to one of them, with its interval over people (ours)."
-    name = lambda r: r["spec"]["label"] or r["spec"]["preset"]
-    seeds = {n: {r["spec"]["seed"] for r in records if name(r) == n} for n in dict.fromkeys(map(name, records))}
+
+    def name(r):
+        return r["spec"]["label"] or r["spec"]["preset"]
+
+    seeds = {
+        n: {r["spec"]["seed"] for r in records if name(r) == n} for n in dict.fromkeys(map(name, records))
+    }
     rows = {}
     for n in seeds:
         common = seeds[n] & seeds[base]
-        if n == base or not common: continue
+        if n == base or not common:
+            continue
         d = difference([r for r in records if r["spec"]["seed"] in common], base, n, query_person)
-        rows[n] = {"seeds": len(common)} | {m: f"{d.difference[m]:+.2f} ({d.low[m]:+.2f} to {d.high[m]:+.2f})" for m in metrics}
+        rows[n] = {"seeds": len(common)} | {
+            m: f"{d.difference[m]:+.2f} ({d.low[m]:+.2f} to {d.high[m]:+.2f})" for m in metrics
+        }
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/lab/01_records.ipynb #03cc81b9
 def gap_closed(
-    records:list, # what `run_missing` gave, with the three methods
-    query_person, # int64 `[Q]`, whom each query speaks of
-    base:str="clip", # 0
-    other:str="cpcl", # the method in question
-    bound:str="supervised", # 1
-) -> pd.DataFrame: # a row a metric: base, other, bound (means over seeds), difference with low and high, s
+    records: list,  # what `run_missing` gave, with the three methods
+    query_person,  # int64 `[Q]`, whom each query speaks of
+    base: str = "clip",  # 0
+    other: str = "cpcl",  # the method in question
+    bound: str = "supervised",  # 1
+) -> pd.DataFrame:  # a row a metric: base, other, bound (means over seeds), difference with low and high, s
     "The share of the way from the base to the bound that a method goes, on test, last epoch (ours)."
     mean = seed_table(records).groupby("method")[list(METRICS)].mean().T[[base, other, bound]]
     found = mean.join(difference(records, base, other, query_person))

@@ -23,237 +23,401 @@ from ..data.read import Split, read_image
 from .widget import Finder
 from ..data.batches import pixels_of, to_tensor
 from .milvus import MilvusStore
-from .store import EXACT_ROWS, LocalStore, digest, list_images, read_columns, read_manifest, read_store
+from cpcl.search.store import (
+    EXACT_ROWS,
+    LocalStore,
+    digest,
+    list_images,
+    read_columns,
+    read_manifest,
+    read_store,
+)
 
 # %% ../../nbs/search/02_index.ipynb #8e259625
 def encode_images(
-    encoder, # an `Encoder` in eval mode
-    paths:list, # of image files
-    batch_size:int=128, # images a step
-    workers:int=2, # threads that decode
-) -> tuple: # float32 `[n, D]` unit rows of the readable ones, bool `[len(paths)]` which these are
+    encoder,  # an `Encoder` in eval mode
+    paths: list,  # of image files
+    batch_size: int = 128,  # images a step
+    workers: int = 2,  # threads that decode
+) -> tuple:  # float32 `[n, D]` unit rows of the readable ones, bool `[len(paths)]` which these are
     "Features of image files in their order; the unreadable are skipped (ours)."
     device = next(encoder.parameters()).device
+
     def pixels(path):
         "A normalised tensor, None if unreadable."
-        try: return to_tensor(pixels_of(path, encoder.image_size))
-        except UserError: return None
+        try:
+            return to_tensor(pixels_of(path, encoder.image_size))
+        except UserError:
+            return None
+
     out, readable = [], np.zeros(len(paths), bool)
-    batches = [paths[i:i + batch_size] for i in range(0, len(paths), batch_size)]
+    batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     with ThreadPoolExecutor(workers) as pool, torch.inference_mode():
         ahead = [pool.submit(pixels, p) for p in batches[0]] if batches else []
         for i, batch in enumerate(progress(batches, "encoding", unit="batch")):
             got = [f.result() for f in ahead]
             ahead = [pool.submit(pixels, p) for p in batches[i + 1]] if i + 1 < len(batches) else []
-            readable[i * batch_size:i * batch_size + len(got)] = [x is not None for x in got]
+            readable[i * batch_size : i * batch_size + len(got)] = [x is not None for x in got]
             x = [g for g in got if g is not None]
-            if x: out.append(encoder.encode_image(torch.stack(x).to(device)).float().cpu().numpy())
+            if x:
+                out.append(encoder.encode_image(torch.stack(x).to(device)).float().cpu().numpy())
     return np.concatenate(out) if out else np.zeros((0, encoder.width), np.float32), readable
 
 # %% ../../nbs/search/02_index.ipynb #fbe72126
-MANIFEST = dict(folder=str, run=str, weights=str, model=str, width=int, columns=dict, unreadable=list, store=str) # what a manifest must say
+MANIFEST = dict(
+    folder=str, run=str, weights=str, model=str, width=int, columns=dict, unreadable=list, store=str
+)  # what a manifest must say
+
 
 def _whole(manifest, folder):
     "The manifest itself; raises UserError where it lacks something."
-    kinds = MANIFEST | (dict(collection=str) if manifest.get("store") else dict(files=dict, recall=(int, float)))
+    kinds = MANIFEST | (
+        dict(collection=str) if manifest.get("store") else dict(files=dict, recall=(int, float))
+    )
     wrong = [k for k, kind in kinds.items() if not isinstance(manifest.get(k), kind)]
-    if wrong or not manifest["store"] and set(manifest["files"]) != {"vectors", "rows"}: raise UserError(f"{folder}/manifest.json is damaged ({wrong[0] if wrong else 'files'}): build the index again")
+    if wrong or not manifest["store"] and set(manifest["files"]) != {"vectors", "rows"}:
+        raise UserError(
+            f"{folder}/manifest.json is damaged ({wrong[0] if wrong else 'files'}): build the index again"
+        )
     return manifest
 
 # %% ../../nbs/search/02_index.ipynb #68114c58
-FORMAT, FEW_VALUES, PIECE = 2, 30, 16384 # of the manifest; columns with at most so many values are offered as filters; images encoded before they are handed to the store
+FORMAT, FEW_VALUES, PIECE = (
+    2,
+    30,
+    16384,
+)  # of the manifest; columns with at most so many values are offered as filters; images encoded before they are handed to the store
+
 
 class Index:
     "Images of people, to be found by sentences (ours)."
-    def __init__(self,
-        manifest:dict, # what it was made from
-        store, # a `LocalStore` or `MilvusStore`
-        encoder=None, # an `Encoder`; loaded from the manifest's run when a query first needs it
-    ): self.manifest, self.store, self._encoder = manifest, store, encoder
-    def __len__(self): return len(self.store)
-    def __repr__(self): return f"Index of {len(self):,} images ({self.store.kind}, {self.manifest['width']} wide, {self.manifest['model']})"
+
+    def __init__(
+        self,
+        manifest: dict,  # what it was made from
+        store,  # a `LocalStore` or `MilvusStore`
+        encoder=None,  # an `Encoder`; loaded from the manifest's run when a query first needs it
+    ):
+        self.manifest, self.store, self._encoder = manifest, store, encoder
+
+    def __len__(self):
+        return len(self.store)
+
+    def __repr__(self):
+        return f"Index of {len(self):,} images ({self.store.kind}, {self.manifest['width']} wide, {self.manifest['model']})"
+
     @property
-    def rows(self): # a DataFrame
+    def rows(self):  # a DataFrame
         "Every row: path, size, mtime_ns and columns; from a server, all of them are fetched."
         return self.store.table()
+
     @property
-    def columns(self): # names a search can filter by
+    def columns(self):  # names a search can filter by
         "The columns beyond path, size and time of change."
         return list(self.manifest["columns"])
-    def values(self, column:str): # sorted texts, or None
+
+    def values(self, column: str):  # sorted texts, or None
         "The values of a column, if they are few (thirty)."
         return self.manifest["columns"][column]
+
     @property
-    def encoder(self): # in eval mode
+    def encoder(self):  # in eval mode
         "The towers; raises UserError if the run has other weights than the index."
         if self._encoder is None:
-            try: weights = encoder_file(self.manifest["run"])
-            except UserError as e: raise UserError(f"{e}; if the run of this index was moved, give its new place with --run") from None
-            if digest(weights) != self.manifest["weights"]: raise UserError(f"{weights} holds other weights than those the index was made with: build the index again")
+            try:
+                weights = encoder_file(self.manifest["run"])
+            except UserError as e:
+                raise UserError(
+                    f"{e}; if the run of this index was moved, give its new place with --run"
+                ) from None
+            if digest(weights) != self.manifest["weights"]:
+                raise UserError(
+                    f"{weights} holds other weights than those the index was made with: build the index again"
+                )
             self._encoder = load_run(self.manifest["run"])
         return self._encoder
 
     @classmethod
-    def open(cls,
-        folder, # where `build` wrote
-        run=None, # where the run lies now, if it was moved
-    ): # an Index
+    def open(
+        cls,
+        folder,  # where `build` wrote
+        run=None,  # where the run lies now, if it was moved
+    ):  # an Index
         "Read an index; raises UserError for a damaged one, or where its server does not answer (ours)."
         manifest = _whole(read_manifest(folder, (FORMAT,)), folder)
-        store = MilvusStore(manifest["store"], manifest["collection"]) if manifest["store"] else read_store(folder, manifest["files"], manifest["recall"])
-        if manifest["store"] and not store.exists(): raise UserError(f"{manifest['store']} holds no collection {manifest['collection']}: build the index again")
+        store = (
+            MilvusStore(manifest["store"], manifest["collection"])
+            if manifest["store"]
+            else read_store(folder, manifest["files"], manifest["recall"])
+        )
+        if manifest["store"] and not store.exists():
+            raise UserError(
+                f"{manifest['store']} holds no collection {manifest['collection']}: build the index again"
+            )
         return cls(manifest | ({"run": str(Path(run).resolve())} if run else {}), store)
 
 # %% ../../nbs/search/02_index.ipynb #632f1891
-SENTENCES = [f"a {who} in a {colour} {upper} and {lower}" for who in ("man", "woman") for colour in ("red", "blue", "black", "white", "green", "yellow", "gray", "pink") for upper in ("coat", "shirt", "jacket") for lower in ("blue jeans", "black pants with a backpack", "a skirt and white shoes")] # what recall is measured with
+SENTENCES = [
+    f"a {who} in a {colour} {upper} and {lower}"
+    for who in ("man", "woman")
+    for colour in ("red", "blue", "black", "white", "green", "yellow", "gray", "pink")
+    for upper in ("coat", "shirt", "jacket")
+    for lower in ("blue jeans", "black pants with a backpack", "a skirt and white shoes")
+]  # what recall is measured with
+
 
 @patch_to(Index, cls_method=True)
 def _store(cls, out, store, folder, weights, exact_rows):
     "What stands at `out` or on the server: (its manifest or {}, a store to go on with)."
-    try: old = cls.open(out)
-    except UserError: old = None # none, damaged, or of another format: made anew
-    usable = old is not None and (old.manifest["folder"], old.manifest["weights"], old.manifest["store"]) == (str(folder), weights, store)
-    if usable and not store: old.store.exact_rows = exact_rows
-    if usable: return old.manifest, old.store
-    if not store: return {}, LocalStore(exact_rows=exact_rows)
-    return {}, MilvusStore(store, "cpcl_" + hashlib.sha256(f"{folder}|{weights}|{Path(out).resolve()}".encode()).hexdigest()[:20])
+    try:
+        old = cls.open(out)
+    except UserError:
+        old = None  # none, damaged, or of another format: made anew
+    usable = old is not None and (old.manifest["folder"], old.manifest["weights"], old.manifest["store"]) == (
+        str(folder),
+        weights,
+        store,
+    )
+    if usable and not store:
+        old.store.exact_rows = exact_rows
+    if usable:
+        return old.manifest, old.store
+    if not store:
+        return {}, LocalStore(exact_rows=exact_rows)
+    return {}, MilvusStore(
+        store, "cpcl_" + hashlib.sha256(f"{folder}|{weights}|{Path(out).resolve()}".encode()).hexdigest()[:20]
+    )
+
 
 def _address(store):
     "The server's address in `milvus:URI`, a file made absolute; empty for files."
     kind, _, uri = store.partition(":")
-    if store and (kind != "milvus" or not uri): raise UserError(f"a store is milvus:URI, e.g. milvus:http://localhost:19530 or milvus:gallery.db, got {store!r}")
+    if store and (kind != "milvus" or not uri):
+        raise UserError(
+            f"a store is milvus:URI, e.g. milvus:http://localhost:19530 or milvus:gallery.db, got {store!r}"
+        )
     return uri if "://" in uri or not uri else str(Path(uri).resolve())
+
 
 def _todo(found, known, unreadable):
     "bool `[n]`, `[n]`: what is known as it is, and what has to be encoded."
-    states, torn = set(known[["path", "size", "mtime_ns"]].itertuples(index=False, name=None)), {tuple(u) for u in unreadable}
-    same, lost = (np.array([r in s for r in found.itertuples(index=False, name=None)], bool) for s in (states, torn))
+    states, torn = (
+        set(known[["path", "size", "mtime_ns"]].itertuples(index=False, name=None)),
+        {tuple(u) for u in unreadable},
+    )
+    same, lost = (
+        np.array([r in s for r in found.itertuples(index=False, name=None)], bool) for s in (states, torn)
+    )
     return same, ~same & ~lost
+
 
 def _encoded(store, told, todo, folder, load, batch_size, workers):
     "bool `[n]`: which of the rows to do could be read; their vectors are with the store."
     done, at = np.zeros(len(told), bool), np.flatnonzero(todo)
     for start in range(0, len(at), PIECE):
-        piece = at[start:start + PIECE]
-        x, readable = encode_images(load(), [folder/p for p in told.path.iloc[piece]], batch_size, workers)
-        done[piece[readable]] = True; store.add(told.iloc[piece[readable]], x)
+        piece = at[start : start + PIECE]
+        x, readable = encode_images(load(), [folder / p for p in told.path.iloc[piece]], batch_size, workers)
+        done[piece[readable]] = True
+        store.add(told.iloc[piece[readable]], x)
     return done
+
 
 def _few(column):
     "Its values if they are few, else None."
-    values = sorted(column.unique()); return values if len(values) <= FEW_VALUES else None
+    values = sorted(column.unique())
+    return values if len(values) <= FEW_VALUES else None
 
 # %% ../../nbs/search/02_index.ipynb #064d0768
 @patch_to(Index, cls_method=True)
-def build(cls,
-    folder, # of image crops, or a `Split`
-    run, # run folder whose last encoder is taken, or the folder of a published model
-    out, # folder of the index; an older index of the same folder and weights is extended
-    columns=None, # CSV file or DataFrame with a column `path`
-    batch_size:int=128, # images a step
-    workers:int=2, # threads that decode
-    exact_rows:int=EXACT_ROWS, # up to so many rows every row is compared
-    store:str="", # "milvus:URI" to keep rows and vectors on a server; files in `out` if empty
-    say=print, # where the line about what was done goes
-): # an Index
+def build(
+    cls,
+    folder,  # of image crops, or a `Split`
+    run,  # run folder whose last encoder is taken, or the folder of a published model
+    out,  # folder of the index; an older index of the same folder and weights is extended
+    columns=None,  # CSV file or DataFrame with a column `path`
+    batch_size: int = 128,  # images a step
+    workers: int = 2,  # threads that decode
+    exact_rows: int = EXACT_ROWS,  # up to so many rows every row is compared
+    store: str = "",  # "milvus:URI" to keep rows and vectors on a server; files in `out` if empty
+    say=print,  # where the line about what was done goes
+):  # an Index
     "Encode what is new or changed, drop what is gone; raises UserError (ours)."
-    if min(batch_size, workers) < 1: raise UserError(f"batch_size and workers must be 1 or more, got {batch_size} and {workers}")
+    if min(batch_size, workers) < 1:
+        raise UserError(f"batch_size and workers must be 1 or more, got {batch_size} and {workers}")
     found, folder = list_images(folder), Path(folder.root if isinstance(folder, Split) else folder).resolve()
     run, out, uri = Path(run).resolve(), Path(out), _address(store)
     load = cache(lambda: load_run(run))
     table = None if columns is None else read_columns(columns)
-    if table is not None and not table.index.isin(found.path).any(): raise UserError(f"the table names none of the images, e.g. {found.path[0]!r}: its paths are relative to {folder}, with /")
+    if table is not None and not table.index.isin(found.path).any():
+        raise UserError(
+            f"the table names none of the images, e.g. {found.path[0]!r}: its paths are relative to {folder}, with /"
+        )
     told = found if table is None else found.join(table, on="path").fillna("")
-    weights = digest(encoder_file(run)); manifest, place = cls._store(out, uri, folder, weights, exact_rows)
-    known = place.table(); same, todo = _todo(found, known, manifest.get("unreadable", []))
-    done = _encoded(place, told, todo, folder, load, batch_size, workers); rows = told[same | done].reset_index(drop=True)
-    if not len(rows): raise UserError(f"none of the {len(found)} images in {folder} can be read")
+    weights = digest(encoder_file(run))
+    manifest, place = cls._store(out, uri, folder, weights, exact_rows)
+    known = place.table()
+    same, todo = _todo(found, known, manifest.get("unreadable", []))
+    done = _encoded(place, told, todo, folder, load, batch_size, workers)
+    rows = told[same | done].reset_index(drop=True)
+    if not len(rows):
+        raise UserError(f"none of the {len(found)} images in {folder} can be read")
     changed = place.finish(rows, lambda: load().embed_texts(SENTENCES)) or done.any()
-    made = manifest or dict(model=load().model, width=load().width) # a manifest may be lost although its server knows the images
-    now = dict(format=FORMAT, folder=str(folder), run=str(run), weights=weights, model=made["model"], width=made["width"], images=len(rows), columns={c: _few(rows[c]) for c in rows if c not in found},
-               unreadable=found[~(same | done)].values.tolist(), store=uri, kind=place.kind, recall=place.recall and round(place.recall, 4))
-    if changed or any(manifest.get(k) != v for k, v in now.items()): manifest = place.write(out, now | {"written": datetime.now(timezone.utc).isoformat(timespec="seconds")})
-    say(f"{len(rows):,} images indexed ({place.kind}): {done.sum():,} encoded, {same.sum():,} kept, {len(known) - same.sum():,} dropped, {len(found) - len(rows):,} unreadable" + (f"; recall at 10 of {len(SENTENCES)} sentences {place.recall:.3f}" if place.kind == "PQ" else ""))
+    made = manifest or dict(
+        model=load().model, width=load().width
+    )  # a manifest may be lost although its server knows the images
+    now = dict(
+        format=FORMAT,
+        folder=str(folder),
+        run=str(run),
+        weights=weights,
+        model=made["model"],
+        width=made["width"],
+        images=len(rows),
+        columns={c: _few(rows[c]) for c in rows if c not in found},
+        unreadable=found[~(same | done)].values.tolist(),
+        store=uri,
+        kind=place.kind,
+        recall=place.recall and round(place.recall, 4),
+    )
+    if changed or any(manifest.get(k) != v for k, v in now.items()):
+        manifest = place.write(
+            out, now | {"written": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        )
+    say(
+        f"{len(rows):,} images indexed ({place.kind}): {done.sum():,} encoded, {same.sum():,} kept, {len(known) - same.sum():,} dropped, {len(found) - len(rows):,} unreadable"
+        + (f"; recall at 10 of {len(SENTENCES)} sentences {place.recall:.3f}" if place.kind == "PQ" else "")
+    )
     return cls(manifest, place, load() if done.any() else None)
 
 # %% ../../nbs/search/02_index.ipynb #7a7e4b83
-MAX_QUERY, NEGATIVE, ROCCHIO = 2000, .5, (1., .75, .25) # characters; weight of `without`; of query, right and wrong (Rocchio's usual ones)
+MAX_QUERY, NEGATIVE, ROCCHIO = (
+    2000,
+    0.5,
+    (1.0, 0.75, 0.25),
+)  # characters; weight of `without`; of query, right and wrong (Rocchio's usual ones)
+
 
 def _texts(query):
     "A list of sentences; raises UserError for one that is empty or too long."
     texts = [query] if isinstance(query, str) else list(query) if query is not None else []
     for t in texts:
-        if not isinstance(t, str) or not t.strip(): raise UserError("a query must be a sentence, got an empty one")
-        if len(t) > MAX_QUERY: raise UserError(f"a query may have {MAX_QUERY} characters, this one has {len(t)}")
+        if not isinstance(t, str) or not t.strip():
+            raise UserError("a query must be a sentence, got an empty one")
+        if len(t) > MAX_QUERY:
+            raise UserError(f"a query may have {MAX_QUERY} characters, this one has {len(t)}")
     return texts
 
-@patch
-def _embed(self:Index, query, image, without):
-    "Unit vectors `[Q, D]` of the queries."
-    texts, less = _texts(query), _texts(without)
-    if not texts and image is None: raise UserError("nothing to search for: give a sentence, an image, or both")
-    q = self.encoder.embed_texts(texts) if texts else np.zeros((1, self.manifest["width"]), np.float32)
-    if image is not None: q = q + self._look(image)
-    if less: q = unit(q) - NEGATIVE * unit(self.encoder.embed_texts(less).mean(0, keepdims=True))
-    return unit(q)
 
 @patch
-def _look(self:Index, image):
+def _embed(self: Index, query, image, without):
+    "Unit vectors `[Q, D]` of the queries."
+    texts, less = _texts(query), _texts(without)
+    if not texts and image is None:
+        raise UserError("nothing to search for: give a sentence, an image, or both")
+    q = self.encoder.embed_texts(texts) if texts else np.zeros((1, self.manifest["width"]), np.float32)
+    if image is not None:
+        q = q + self._look(image)
+    if less:
+        q = unit(q) - NEGATIVE * unit(self.encoder.embed_texts(less).mean(0, keepdims=True))
+    return unit(q)
+
+
+@patch
+def _look(self: Index, image):
     "Unit vector `[1, D]` of an indexed path, an image file or a PIL image."
-    return self.store.take([image]) if isinstance(image, str) and self.store.has(image) else self.encoder.embed_images([image])
+    return (
+        self.store.take([image])
+        if isinstance(image, str) and self.store.has(image)
+        else self.encoder.embed_images([image])
+    )
 
 # %% ../../nbs/search/02_index.ipynb #8d1ed71a
 @patch
-def _ranked(self:Index, q, k, where, names):
+def _ranked(self: Index, q, k, where, names):
     "The lists of unit vectors `[Q, D]`."
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise UserError(f"k must be a whole number, 1 or more, got {k!r}")
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise UserError(f"k must be a whole number, 1 or more, got {k!r}")
     for name in where or {}:
-        if name not in self.columns: raise UserError(f"the index has no column {name!r}; there are: {', '.join(self.columns) or 'none'}")
-    where = {n: [str(v)] if isinstance(v, (str, int, float)) else [str(w) for w in v] for n, v in (where or {}).items()}
-    lists = [t.assign(query=n, rank=np.arange(1, len(t) + 1)) for n, t in zip(names, self.store.nearest(q, int(k), where))]
-    found = pd.concat(lists, ignore_index=True).reindex(columns=["query", "rank", "score", "path", *self.columns])
+        if name not in self.columns:
+            raise UserError(
+                f"the index has no column {name!r}; there are: {', '.join(self.columns) or 'none'}"
+            )
+    where = {
+        n: [str(v)] if isinstance(v, (str, int, float)) else [str(w) for w in v]
+        for n, v in (where or {}).items()
+    }
+    lists = [
+        t.assign(query=n, rank=np.arange(1, len(t) + 1))
+        for n, t in zip(names, self.store.nearest(q, int(k), where))
+    ]
+    found = pd.concat(lists, ignore_index=True).reindex(
+        columns=["query", "rank", "score", "path", *self.columns]
+    )
     return found.assign(score=found.score.astype(float).round(4))
 
+
 @patch
-def search(self:Index,
-    query=None, # a sentence, or several: each its own list
-    k:int=10, # images a list, 1 or more
-    where:dict=None, # column -> value or list of values that a row must have
-    image=None, # an indexed path, an image file or a PIL image: more like this, alone or together with the sentence
-    without=None, # a sentence or several: what the image should not show
-) -> pd.DataFrame: # query, rank from 1, score (cosine), path, columns; best first
+def search(
+    self: Index,
+    query=None,  # a sentence, or several: each its own list
+    k: int = 10,  # images a list, 1 or more
+    where: dict = None,  # column -> value or list of values that a row must have
+    image=None,  # an indexed path, an image file or a PIL image: more like this, alone or together with the sentence
+    without=None,  # a sentence or several: what the image should not show
+) -> pd.DataFrame:  # query, rank from 1, score (cosine), path, columns; best first
     "Find the images nearest to what is asked; raises UserError (paper section 4: ranking by cosine)."
     q = self._embed(query, image, without)
-    return self._ranked(q, k, where, [query] * len(q) if query is None or isinstance(query, str) else list(query))
+    return self._ranked(
+        q, k, where, [query] * len(q) if query is None or isinstance(query, str) else list(query)
+    )
 
 # %% ../../nbs/search/02_index.ipynb #ba0dbb30
 @patch
-def more_like(self:Index,
-    right:list, # indexed paths a person marked as right, at least one
-    wrong:list=(), # indexed paths marked as wrong
-    query:str=None, # the sentence that was asked
-    k:int=10, # images a list
-    where:dict=None, # as in `search`
-) -> pd.DataFrame: # as `search` gives
+def more_like(
+    self: Index,
+    right: list,  # indexed paths a person marked as right, at least one
+    wrong: list = (),  # indexed paths marked as wrong
+    query: str = None,  # the sentence that was asked
+    k: int = 10,  # images a list
+    where: dict = None,  # as in `search`
+) -> pd.DataFrame:  # as `search` gives
     "Ask again with what was marked: towards the right ones, away from the wrong ones; raises UserError (Rocchio 1971)."
-    if not right: raise UserError("mark at least one image as right")
-    mean = lambda paths: self.store.take(paths).mean(0, keepdims=True)
-    q = ROCCHIO[0] * (self._embed(query, None, None) if query else 0) + ROCCHIO[1] * mean(right) - (ROCCHIO[2] * mean(wrong) if wrong else 0)
+    if not right:
+        raise UserError("mark at least one image as right")
+
+    def mean(paths):
+        return self.store.take(paths).mean(0, keepdims=True)
+
+    q = (
+        ROCCHIO[0] * (self._embed(query, None, None) if query else 0)
+        + ROCCHIO[1] * mean(right)
+        - (ROCCHIO[2] * mean(wrong) if wrong else 0)
+    )
     return self._ranked(unit(q), k, where, [query])
 
-@patch
-def show(self:Index,
-    found:pd.DataFrame, # what `search` gave
-    height:float=1.6, # of a row, inches
-): # matplotlib axes
-    "The lists as pictures, inline (ours)."
-    from cpcl.viz import ranked_lists
-    lists = [g for _, g in found.groupby("query", sort=False, dropna=False)]
-    return ranked_lists([g["query"].iloc[0] or "more like this" for g in lists], [[read_image(Path(self.manifest["folder"])/p) for p in g.path] for g in lists], scores=[g.score.tolist() for g in lists], height=height)
 
 @patch
-def explore(self:Index,
-    k:int=12, # images to begin with
-): # widgets, for a notebook
+def show(
+    self: Index,
+    found: pd.DataFrame,  # what `search` gave
+    height: float = 1.6,  # of a row, inches
+):  # matplotlib axes
+    "The lists as pictures, inline (ours)."
+    from cpcl.viz import ranked_lists
+
+    lists = [g for _, g in found.groupby("query", sort=False, dropna=False)]
+    return ranked_lists(
+        [g["query"].iloc[0] or "more like this" for g in lists],
+        [[read_image(Path(self.manifest["folder"]) / p) for p in g.path] for g in lists],
+        scores=[g.score.tolist() for g in lists],
+        height=height,
+    )
+
+
+@patch
+def explore(
+    self: Index,
+    k: int = 12,  # images to begin with
+):  # widgets, for a notebook
     "Search in the notebook: a sentence box, filters, more like this, marks (ipywidgets)."
     return Finder(self, k).box

@@ -18,146 +18,240 @@ from .store import write_manifest
 
 # %% ../../nbs/search/01_milvus.ipynb #e3bb6bef
 def row_id(
-    path:str, # of an image, relative
-) -> int: # 0..2**63-1
+    path: str,  # of an image, relative
+) -> int:  # 0..2**63-1
     "The primary key of a path: 63 bits of its SHA-256 (ours; two of ten million paths collide with probability 5e-6)."
     return int.from_bytes(hashlib.sha256(path.encode("utf8", "surrogateescape")).digest()[:8], "big") >> 1
 
+
 def expression(
-    where:dict, # column -> texts of which a row must have one
-) -> str: # what Milvus calls a filter
+    where: dict,  # column -> texts of which a row must have one
+) -> str:  # what Milvus calls a filter
     "A filter, escaped (Milvus's boolean expressions)."
-    quote = lambda t: json.dumps(str(t), ensure_ascii=False)
+
+    def quote(t):
+        return json.dumps(str(t), ensure_ascii=False)
+
     return " and ".join(f"columns[{quote(c)}] in [{', '.join(map(quote, v))}]" for c, v in where.items())
 
 # %% ../../nbs/search/01_milvus.ipynb #87a7f7b5
 def connect(
-    uri:str, # a file that ends in .db (Milvus Lite), or http(s)://host:port
-): # a MilvusClient
+    uri: str,  # a file that ends in .db (Milvus Lite), or http(s)://host:port
+):  # a MilvusClient
     "A client; raises UserError without pymilvus or where nobody answers (pymilvus)."
-    if "://" not in uri and not uri.endswith(".db"): raise UserError(f"a Milvus store is a file that ends in .db, or http://host:port, got {uri!r}")
+    if "://" not in uri and not uri.endswith(".db"):
+        raise UserError(f"a Milvus store is a file that ends in .db, or http://host:port, got {uri!r}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore") # Milvus Lite still asks pkg_resources
+        warnings.simplefilter("ignore")  # Milvus Lite still asks pkg_resources
         try:
             from pymilvus import MilvusClient
-            if uri.endswith(".db"): import milvus_lite # noqa: F401
-        except ImportError: raise UserError("for a Milvus store, install cpcl[milvus]") from None
-        if "://" not in uri: Path(uri).parent.mkdir(parents=True, exist_ok=True)
-        for name in ("pymilvus", "pymilvus.client.grpc_handler", "pymilvus.decorators"): logging.getLogger(name).setLevel(logging.CRITICAL) # an error is raised, it need not be logged too
-        try: return MilvusClient(uri, token=os.environ.get("CPCL_MILVUS_TOKEN", ""), timeout=20)
-        except Exception as e: raise UserError(f"no Milvus answers at {uri}: {str(e).splitlines()[0][:200]}") from None
+
+            if uri.endswith(".db"):
+                import milvus_lite  # noqa: F401
+        except ImportError:
+            raise UserError("for a Milvus store, install cpcl[milvus]") from None
+        if "://" not in uri:
+            Path(uri).parent.mkdir(parents=True, exist_ok=True)
+        for name in ("pymilvus", "pymilvus.client.grpc_handler", "pymilvus.decorators"):
+            logging.getLogger(name).setLevel(
+                logging.CRITICAL
+            )  # an error is raised, it need not be logged too
+        try:
+            return MilvusClient(uri, token=os.environ.get("CPCL_MILVUS_TOKEN", ""), timeout=20)
+        except Exception as e:
+            raise UserError(f"no Milvus answers at {uri}: {str(e).splitlines()[0][:200]}") from None
 
 # %% ../../nbs/search/01_milvus.ipynb #ccf4ac5c
-AT_ONCE, LONGEST_LIST = 1000, 16384 # rows a message; Milvus gives no longer list
+AT_ONCE, LONGEST_LIST = 1000, 16384  # rows a message; Milvus gives no longer list
+
 
 class MilvusStore:
     "Rows and vectors in a collection of a Milvus server (pymilvus)."
-    kind, recall = "Milvus", None # how the server compares, and what that misses, is the server's to say
-    def __init__(self,
-        uri:str, # a file that ends in .db (Milvus Lite), or http(s)://host:port
-        collection:str, # its name: letters, digits, _
-    ): self.uri, self.collection, self.client, self._known = uri, collection, connect(uri), None
-    def __len__(self): return self._rows("", ["count(*)"])[0]["count(*)"] if self.exists() else 0
+
+    kind, recall = "Milvus", None  # how the server compares, and what that misses, is the server's to say
+
+    def __init__(
+        self,
+        uri: str,  # a file that ends in .db (Milvus Lite), or http(s)://host:port
+        collection: str,  # its name: letters, digits, _
+    ):
+        self.uri, self.collection, self.client, self._known = uri, collection, connect(uri), None
+
+    def __len__(self):
+        return self._rows("", ["count(*)"])[0]["count(*)"] if self.exists() else 0
+
     def exists(self) -> bool:
         "Is there such a collection?"
         return self.client.has_collection(self.collection)
-    def _rows(self, filter, fields, **kwargs): return self.client.query(self.collection, filter=filter, output_fields=fields, consistency_level="Strong", **kwargs)
+
+    def _rows(self, filter, fields, **kwargs):
+        return self.client.query(
+            self.collection, filter=filter, output_fields=fields, consistency_level="Strong", **kwargs
+        )
 
     def _make(self, width):
         "The collection and its index."
         from pymilvus import DataType
+
         schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
-        schema.add_field("id", DataType.INT64, is_primary=True); schema.add_field("path", DataType.VARCHAR, max_length=8192)
-        schema.add_field("size", DataType.INT64); schema.add_field("mtime_ns", DataType.INT64)
-        schema.add_field("columns", DataType.JSON); schema.add_field("vector", DataType.FLOAT_VECTOR, dim=width)
-        how = self.client.prepare_index_params(); how.add_index("vector", index_type="AUTOINDEX", metric_type="IP")
-        self.client.create_collection(self.collection, schema=schema, index_params=how, consistency_level="Strong")
+        schema.add_field("id", DataType.INT64, is_primary=True)
+        schema.add_field("path", DataType.VARCHAR, max_length=8192)
+        schema.add_field("size", DataType.INT64)
+        schema.add_field("mtime_ns", DataType.INT64)
+        schema.add_field("columns", DataType.JSON)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=width)
+        how = self.client.prepare_index_params()
+        how.add_index("vector", index_type="AUTOINDEX", metric_type="IP")
+        self.client.create_collection(
+            self.collection, schema=schema, index_params=how, consistency_level="Strong"
+        )
 
 # %% ../../nbs/search/01_milvus.ipynb #969a527b
 @patch
-def table(self:MilvusStore) -> pd.DataFrame: # every row; read page by page
+def table(self: MilvusStore) -> pd.DataFrame:  # every row; read page by page
     "Path, size, time of change and columns of every row."
-    if self._known is not None: return self._known
+    if self._known is not None:
+        return self._known
     rows = []
     if self.exists():
-        pages = self.client.query_iterator(self.collection, batch_size=AT_ONCE, filter="", output_fields=["path", "size", "mtime_ns", "columns"])
-        while page := pages.next(): rows += [{k: r[k] for k in ("path", "size", "mtime_ns")} | r["columns"] for r in page]
+        pages = self.client.query_iterator(
+            self.collection,
+            batch_size=AT_ONCE,
+            filter="",
+            output_fields=["path", "size", "mtime_ns", "columns"],
+        )
+        while page := pages.next():
+            rows += [{k: r[k] for k in ("path", "size", "mtime_ns")} | r["columns"] for r in page]
         pages.close()
-    self._known = pd.DataFrame(rows, columns=None if rows else ["path", "size", "mtime_ns"]).sort_values("path", ignore_index=True)
+    self._known = pd.DataFrame(rows, columns=None if rows else ["path", "size", "mtime_ns"]).sort_values(
+        "path", ignore_index=True
+    )
     return self._known
 
+
 @patch
-def has(self:MilvusStore, path:str) -> bool:
+def has(self: MilvusStore, path: str) -> bool:
     "Is this path in the index?"
     return bool(self.client.get(self.collection, ids=[row_id(path)], output_fields=["id"]))
 
+
 @patch
-def take(self:MilvusStore,
-    paths, # of rows
-) -> np.ndarray: # float32 `[n, D]`
+def take(
+    self: MilvusStore,
+    paths,  # of rows
+) -> np.ndarray:  # float32 `[n, D]`
     "Their vectors; raises UserError for a path that is not there."
     got, paths = {}, list(paths)
-    for i in range(0, len(paths), AT_ONCE): got |= {r["id"]: r["vector"] for r in self.client.get(self.collection, ids=[row_id(p) for p in paths[i:i + AT_ONCE]], output_fields=["vector"])}
+    for i in range(0, len(paths), AT_ONCE):
+        got |= {
+            r["id"]: r["vector"]
+            for r in self.client.get(
+                self.collection, ids=[row_id(p) for p in paths[i : i + AT_ONCE]], output_fields=["vector"]
+            )
+        }
     gone = [p for p in paths if row_id(p) not in got]
-    if gone: raise UserError(f"{gone[0]!r} is not in the index")
+    if gone:
+        raise UserError(f"{gone[0]!r} is not in the index")
     return np.array([got[row_id(p)] for p in paths], np.float32)
 
 # %% ../../nbs/search/01_milvus.ipynb #31a24d49
 @patch
-def add(self:MilvusStore,
-    rows:pd.DataFrame, # new or changed ones: path, size, mtime_ns, columns
-    x:np.ndarray, # float32 `[n, D]` unit rows
+def add(
+    self: MilvusStore,
+    rows: pd.DataFrame,  # new or changed ones: path, size, mtime_ns, columns
+    x: np.ndarray,  # float32 `[n, D]` unit rows
 ):
     "Put rows on the server, in place of those of the same path."
-    if not len(rows): return
-    if not self.exists(): self._make(x.shape[1])
+    if not len(rows):
+        return
+    if not self.exists():
+        self._make(x.shape[1])
     columns = [c for c in rows if c not in ("path", "size", "mtime_ns")]
-    data = [dict(id=row_id(r["path"]), path=r["path"], size=int(r["size"]), mtime_ns=int(r["mtime_ns"]), columns={c: r[c] for c in columns}, vector=v) for r, v in zip(rows.to_dict("records"), x)]
-    for i in range(0, len(data), AT_ONCE): self.client.upsert(self.collection, data[i:i + AT_ONCE])
+    data = [
+        dict(
+            id=row_id(r["path"]),
+            path=r["path"],
+            size=int(r["size"]),
+            mtime_ns=int(r["mtime_ns"]),
+            columns={c: r[c] for c in columns},
+            vector=v,
+        )
+        for r, v in zip(rows.to_dict("records"), x)
+    ]
+    for i in range(0, len(data), AT_ONCE):
+        self.client.upsert(self.collection, data[i : i + AT_ONCE])
     self._known = None
 
+
 @patch
-def finish(self:MilvusStore,
-    rows:pd.DataFrame, # what the index shall hold
-    ask=None, # not needed: recall is the server's matter
-) -> bool: # whether anything was done here (besides what `add` did)
+def finish(
+    self: MilvusStore,
+    rows: pd.DataFrame,  # what the index shall hold
+    ask=None,  # not needed: recall is the server's matter
+) -> bool:  # whether anything was done here (besides what `add` did)
     "Remove what is gone, write columns anew where they changed (ours)."
-    there = self.table(); gone = there.path[~there.path.isin(rows.path)].tolist()
-    for i in range(0, len(gone), AT_ONCE): self.client.delete(self.collection, ids=[row_id(p) for p in gone[i:i + AT_ONCE]])
-    told = {r["path"]: r for r in there.to_dict("records")}; tell = rows.to_dict("records")
+    there = self.table()
+    gone = there.path[~there.path.isin(rows.path)].tolist()
+    for i in range(0, len(gone), AT_ONCE):
+        self.client.delete(self.collection, ids=[row_id(p) for p in gone[i : i + AT_ONCE]])
+    told = {r["path"]: r for r in there.to_dict("records")}
+    tell = rows.to_dict("records")
     other = rows[[told.get(r["path"], r) != r for r in tell]]
-    for i in range(0, len(other), AT_ONCE): self.add(other[i:i + AT_ONCE], self.take(other.path[i:i + AT_ONCE]))
-    if gone or len(other): self._known = None
+    for i in range(0, len(other), AT_ONCE):
+        self.add(other[i : i + AT_ONCE], self.take(other.path[i : i + AT_ONCE]))
+    if gone or len(other):
+        self._known = None
     return bool(gone or len(other))
 
 # %% ../../nbs/search/01_milvus.ipynb #3a39f126
 @patch
-def nearest(self:MilvusStore,
-    q:np.ndarray, # float32 `[Q, D]` unit rows
-    k:int, # rows a query, 1..16384
-    where:dict, # column -> texts of which a row must have one; may be empty
-) -> list: # a DataFrame a query: path, columns, score; best first
+def nearest(
+    self: MilvusStore,
+    q: np.ndarray,  # float32 `[Q, D]` unit rows
+    k: int,  # rows a query, 1..16384
+    where: dict,  # column -> texts of which a row must have one; may be empty
+) -> list:  # a DataFrame a query: path, columns, score; best first
     "The nearest rows among those the filters let through, found on the server; raises UserError (Milvus)."
-    if k > LONGEST_LIST: raise UserError(f"Milvus gives lists of at most {LONGEST_LIST:,}, got k={k}")
-    found = self.client.search(self.collection, data=[v.tolist() for v in np.asarray(q, np.float32)], limit=k, filter=expression(where), output_fields=["path", "columns"], consistency_level="Strong")
-    tables = [pd.DataFrame([{"path": h["entity"]["path"]} | h["entity"]["columns"] | {"score": h["distance"]} for h in hits]) for hits in found]
+    if k > LONGEST_LIST:
+        raise UserError(f"Milvus gives lists of at most {LONGEST_LIST:,}, got k={k}")
+    found = self.client.search(
+        self.collection,
+        data=[v.tolist() for v in np.asarray(q, np.float32)],
+        limit=k,
+        filter=expression(where),
+        output_fields=["path", "columns"],
+        consistency_level="Strong",
+    )
+    tables = [
+        pd.DataFrame(
+            [{"path": h["entity"]["path"]} | h["entity"]["columns"] | {"score": h["distance"]} for h in hits]
+        )
+        for hits in found
+    ]
     return [t if len(t) else pd.DataFrame(columns=["path", "score"]) for t in tables]
 
+
 @patch
-def drop(self:MilvusStore):
+def drop(self: MilvusStore):
     "Remove the collection."
     self.client.drop_collection(self.collection)
 
+
 @patch
-def write(self:MilvusStore,
-    folder, # of the index
-    manifest:dict, # what else is to be said; the collection's name is added
-) -> dict: # the manifest as written
+def write(
+    self: MilvusStore,
+    folder,  # of the index
+    manifest: dict,  # what else is to be said; the collection's name is added
+) -> dict:  # the manifest as written
     "The manifest; then what an older index left there goes (ours)."
     folder, manifest = Path(folder), manifest | {"collection": self.collection, "files": {}}
-    try: old = json.loads((folder/"manifest.json").read_text(encoding="utf8"))
-    except (OSError, ValueError): old = {}
+    try:
+        old = json.loads((folder / "manifest.json").read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        old = {}
     write_manifest(folder, manifest)
-    if old.get("store") == self.uri and old.get("collection", self.collection) != self.collection: self.client.drop_collection(old["collection"])
-    for file in [*folder.glob("vectors-*.faiss"), *folder.glob("rows-*.parquet")]: file.unlink()
+    if old.get("store") == self.uri and old.get("collection", self.collection) != self.collection:
+        self.client.drop_collection(old["collection"])
+    for file in [*folder.glob("vectors-*.faiss"), *folder.glob("rows-*.parquet")]:
+        file.unlink()
     return manifest

@@ -20,162 +20,330 @@ from ..data.read import read_image
 from .index import MAX_QUERY
 
 # %% ../../nbs/search/04_page.ipynb #c55b5dc7
-EXAMPLES = ("a woman in a red coat with a black backpack", "a man with a white shirt and blue jeans", "a person with a hat and a shopping bag")
-MAX_UPLOAD, MAX_UPLOAD_PIXELS, THUMBNAIL = "10mb", 25_000_000, (240, 400) # bytes; pixels; of a picture on the page
+EXAMPLES = (
+    "a woman in a red coat with a black backpack",
+    "a man with a white shirt and blue jeans",
+    "a person with a hat and a shopping bag",
+)
+MAX_UPLOAD, MAX_UPLOAD_PIXELS, THUMBNAIL = (
+    "10mb",
+    25_000_000,
+    (240, 400),
+)  # bytes; pixels; of a picture on the page
 CSS = """.gradio-container {max-width: 1100px !important} #found img {object-fit: contain} footer {display: none !important}
 @media (max-width: 480px) {.gradio-container {padding: 6px !important} #found .grid-container {grid-template-columns: repeat(2, 1fr) !important}}"""
 FOOTER = "For images one has the right to search. Similar looks are no proof of identity. No query is kept."
 
+
 class Page:
     "What the page's controls do, without the page (ours)."
-    def __init__(self,
-        index, # an `Index`
+
+    def __init__(
+        self,
+        index,  # an `Index`
     ):
         self.index = index
         self.filters = {c: index.values(c) for c in index.columns if index.values(c)}
+
     def _upload(self, file):
-        if not file: return None
+        if not file:
+            return None
         try:
-            with Image.open(file) as im: pixels = im.width * im.height
-            if pixels <= MAX_UPLOAD_PIXELS: return read_image(file)
-        except Exception: raise UserError("the upload cannot be read as an image") from None
+            with Image.open(file) as im:
+                pixels = im.width * im.height
+            if pixels <= MAX_UPLOAD_PIXELS:
+                return read_image(file)
+        except Exception:
+            raise UserError("the upload cannot be read as an image") from None
         raise UserError(f"the upload has more than {MAX_UPLOAD_PIXELS:,} pixels")
 
     def _answer(self, search):
-        try: found = search()
-        except UserError as e: return [], [], f"{e}"[:300].replace(str(self.index.manifest["folder"]), "").replace(str(self.index.manifest["run"]), "")
+        try:
+            found = search()
+        except UserError as e:
+            return (
+                [],
+                [],
+                f"{e}"[:300]
+                .replace(str(self.index.manifest["folder"]), "")
+                .replace(str(self.index.manifest["run"]), ""),
+            )
         pictures, paths = [], []
         for r in found.itertuples():
-            try: image = read_image(Path(self.index.manifest["folder"])/r.path)
-            except UserError: continue # gone since it was indexed
-            image.thumbnail(THUMBNAIL); pictures.append((image, f"{len(paths) + 1} · {r.score:.2f}")); paths.append(r.path)
-        return pictures, paths, f"{len(paths)} images, best first; click one for more like it." if paths else "Nothing passes these filters."
+            try:
+                image = read_image(Path(self.index.manifest["folder"]) / r.path)
+            except UserError:
+                continue  # gone since it was indexed
+            image.thumbnail(THUMBNAIL)
+            pictures.append((image, f"{len(paths) + 1} · {r.score:.2f}"))
+            paths.append(r.path)
+        return (
+            pictures,
+            paths,
+            f"{len(paths)} images, best first; click one for more like it."
+            if paths
+            else "Nothing passes these filters.",
+        )
 
 # %% ../../nbs/search/04_page.ipynb #a9284eb6
 @patch
-def where(self:Page,
-    values, # one a filter, "any" or None where it is not set
-) -> dict: # column -> value
+def where(
+    self: Page,
+    values,  # one a filter, "any" or None where it is not set
+) -> dict:  # column -> value
     "The filters that are set."
     return {c: v for c, v in zip(self.filters, values) if v not in (None, "", "any")}
 
-@patch
-def ask(self:Page,
-    sentence, without, k, upload, *values # what the controls hold
-): # (pictures with captions, paths, line for the reader)
-    "Search for a sentence, an uploaded image, or both."
-    return self._answer(lambda: self.index.search((sentence or "").strip() or None, int(k), self.where(values), self._upload(upload), (without or "").strip() or None))
 
 @patch
-def like(self:Page,
-    path, k, *values # an indexed path, and what the controls hold
-): # as `ask`
+def ask(
+    self: Page,
+    sentence,
+    without,
+    k,
+    upload,
+    *values,  # what the controls hold
+):  # (pictures with captions, paths, line for the reader)
+    "Search for a sentence, an uploaded image, or both."
+    return self._answer(
+        lambda: self.index.search(
+            (sentence or "").strip() or None,
+            int(k),
+            self.where(values),
+            self._upload(upload),
+            (without or "").strip() or None,
+        )
+    )
+
+
+@patch
+def like(
+    self: Page,
+    path,
+    k,
+    *values,  # an indexed path, and what the controls hold
+):  # as `ask`
     "More like one image of the index."
-    if not self.index.store.has(path): return [], [], "That image is not in the index."
+    if not self.index.store.has(path):
+        return [], [], "That image is not in the index."
     return self._answer(lambda: self.index.search(image=path, k=int(k), where=self.where(values)))
 
+
 @patch
-def again(self:Page,
-    marked, paths, sentence, k, *values # ranks marked right, paths shown, and what the controls hold
-): # as `ask`
+def again(
+    self: Page,
+    marked,
+    paths,
+    sentence,
+    k,
+    *values,  # ranks marked right, paths shown, and what the controls hold
+):  # as `ask`
     "Ask again, towards the marked images (Rocchio)."
-    return self._answer(lambda: self.index.more_like([paths[int(m) - 1] for m in marked or [] if int(m) <= len(paths)], query=(sentence or "").strip() or None, k=int(k), where=self.where(values)))
+    return self._answer(
+        lambda: self.index.more_like(
+            [paths[int(m) - 1] for m in marked or [] if int(m) <= len(paths)],
+            query=(sentence or "").strip() or None,
+            k=int(k),
+            where=self.where(values),
+        )
+    )
 
 # %% ../../nbs/search/04_page.ipynb #3068e93b
 def link(
-    sentence, without, k, names, values, # what the controls hold
-) -> str: # "?q=...", to be put behind the page's address
+    sentence,
+    without,
+    k,
+    names,
+    values,  # what the controls hold
+) -> str:  # "?q=...", to be put behind the page's address
     "The query as an address, so that it can be kept and sent (ours)."
     set_ = {n: v for n, v in zip(names, values) if v not in (None, "", "any")}
-    return "?" + urlencode({"q": sentence or "", **({"not": without} if without else {}), "k": int(k), **{f"f.{n}": v for n, v in set_.items()}})
+    return "?" + urlencode(
+        {
+            "q": sentence or "",
+            **({"not": without} if without else {}),
+            "k": int(k),
+            **{f"f.{n}": v for n, v in set_.items()},
+        }
+    )
+
 
 def unlink(
-    query:str, # what stands behind the "?"
-    filters:dict, # column -> its values
-) -> tuple: # (sentence, without, k, a value a filter)
+    query: str,  # what stands behind the "?"
+    filters: dict,  # column -> its values
+) -> tuple:  # (sentence, without, k, a value a filter)
     "The controls that a link stands for; what it may not say is left out (ours)."
     got = {k: v[0] for k, v in parse_qs(query.lstrip("?"), max_num_fields=100).items()}
     k = int(got["k"]) if got.get("k", "").isdigit() and 1 <= int(got["k"]) <= 100 else 12
-    return got.get("q", "")[:MAX_QUERY], got.get("not", "")[:MAX_QUERY], k, *[got.get(f"f.{c}") if got.get(f"f.{c}") in v else "any" for c, v in filters.items()]
+    return (
+        got.get("q", "")[:MAX_QUERY],
+        got.get("not", "")[:MAX_QUERY],
+        k,
+        *[got.get(f"f.{c}") if got.get(f"f.{c}") in v else "any" for c, v in filters.items()],
+    )
 
 # %% ../../nbs/search/04_page.ipynb #bd05b823
 def _controls(gr, page):
     "What is seen, from top to bottom."
-    gr.Markdown(f"# Find a person by a sentence\n{len(page.index):,} images"); c = SimpleNamespace(paths=gr.State([]))
+    gr.Markdown(f"# Find a person by a sentence\n{len(page.index):,} images")
+    c = SimpleNamespace(paths=gr.State([]))
     with gr.Row():
-        c.sentence = gr.Textbox(label="Who is looked for?", placeholder=EXAMPLES[0], max_length=MAX_QUERY, autofocus=True, scale=4, elem_id="sentence")
+        c.sentence = gr.Textbox(
+            label="Who is looked for?",
+            placeholder=EXAMPLES[0],
+            max_length=MAX_QUERY,
+            autofocus=True,
+            scale=4,
+            elem_id="sentence",
+        )
         c.go = gr.Button("Search", variant="primary", scale=1, min_width=100, elem_id="go")
     with gr.Row():
-        c.filters = [gr.Dropdown(["any", *v], value="any", label=n, min_width=110, elem_id=f"filter-{i}") for i, (n, v) in enumerate(page.filters.items())]
+        c.filters = [
+            gr.Dropdown(["any", *v], value="any", label=n, min_width=110, elem_id=f"filter-{i}")
+            for i, (n, v) in enumerate(page.filters.items())
+        ]
         c.k = gr.Slider(1, 100, 12, step=1, label="how many", min_width=140)
     with gr.Accordion("More", open=False):
         c.without = gr.Textbox(label="What it should not show", placeholder="a hat", max_length=MAX_QUERY)
-        c.upload = gr.File(label="An image: more like this (up to 10 MB)", file_types=["image"], type="filepath")
+        c.upload = gr.File(
+            label="An image: more like this (up to 10 MB)", file_types=["image"], type="filepath"
+        )
     c.line = gr.Markdown("Type a sentence and press Enter, or take an example.", elem_id="line")
-    c.found = gr.Gallery(show_label=False, columns=6, height="auto", object_fit="contain", allow_preview=False, interactive=False, elem_id="found", format="png")
+    c.found = gr.Gallery(
+        show_label=False,
+        columns=6,
+        height="auto",
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+        elem_id="found",
+        format="png",
+    )
     with gr.Row():
         c.marks = gr.CheckboxGroup([], label="Which are right?", elem_id="marks", scale=4)
         c.again = gr.Button("Ask again with these", scale=1, min_width=140, elem_id="again")
-    c.address = gr.Textbox(label="This query as a link (put it behind the page's address)", interactive=False, elem_id="address")
-    gr.Examples([[e] for e in EXAMPLES], [c.sentence], label="Examples"); gr.Markdown(FOOTER)
+    c.address = gr.Textbox(
+        label="This query as a link (put it behind the page's address)", interactive=False, elem_id="address"
+    )
+    gr.Examples([[e] for e in EXAMPLES], [c.sentence], label="Examples")
+    gr.Markdown(FOOTER)
     return c
 
 # %% ../../nbs/search/04_page.ipynb #80d2c831
 def _wire(gr, blocks, page, c):
     "Events to actions; each answers with pictures, paths, line, marks and address."
     outs, controls = [c.found, c.paths, c.line, c.marks, c.address], [c.sentence, c.without, c.k, *c.filters]
+
     def shown(answer, *held):
         "What every action sends back."
         pictures, paths, text = answer
-        return pictures, paths, text, gr.update(choices=[str(i + 1) for i in range(len(paths))], value=[]), link(held[0], held[1], held[2], page.filters, held[3:])
+        return (
+            pictures,
+            paths,
+            text,
+            gr.update(choices=[str(i + 1) for i in range(len(paths))], value=[]),
+            link(held[0], held[1], held[2], page.filters, held[3:]),
+        )
+
     def asked(s, w, n, file, *v):
         "A sentence, an upload, or both."
         return shown(page.ask(s, w, n, file, *v), s, w, n, *v)
+
     def clicked(event: gr.SelectData, paths, s, w, n, *v):
         "More like the picture clicked."
-        return shown(page.like(paths[event.index], n, *v) if event.index < len(paths) else ([], [], "Search again."), s, w, n, *v)
+        return shown(
+            page.like(paths[event.index], n, *v) if event.index < len(paths) else ([], [], "Search again."),
+            s,
+            w,
+            n,
+            *v,
+        )
+
     def marked(m, paths, s, w, n, *v):
         "Again, with what is marked."
         return shown(page.again(m, paths, s, n, *v), s, w, n, *v)
+
     def opened(request: gr.Request):
         "The query of a link."
         held = unlink(str(request.query_params or ""), page.filters)
-        if not held[0]: return [gr.skip() for _ in [*controls, *outs]] # no link: whoever typed meanwhile is not interrupted
+        if not held[0]:
+            return [
+                gr.skip() for _ in [*controls, *outs]
+            ]  # no link: whoever typed meanwhile is not interrupted
         return *held, *shown(page.ask(held[0], held[1], held[2], None, *held[3:]), *held)
-    ask = dict(fn=asked, inputs=[c.sentence, c.without, c.k, c.upload, *c.filters], outputs=outs, show_progress="minimal", api_visibility="private")
-    for event in (c.go.click, c.sentence.submit, c.without.submit, *(f.input for f in c.filters)): event(**ask)
+
+    ask = dict(
+        fn=asked,
+        inputs=[c.sentence, c.without, c.k, c.upload, *c.filters],
+        outputs=outs,
+        show_progress="minimal",
+        api_visibility="private",
+    )
+    for event in (c.go.click, c.sentence.submit, c.without.submit, *(f.input for f in c.filters)):
+        event(**ask)
     c.found.select(clicked, [c.paths, *controls], outs, api_visibility="private")
     c.again.click(marked, [c.marks, c.paths, *controls], outs, api_visibility="private")
     blocks.load(opened, None, [*controls, *outs], api_visibility="private")
 
+
 def build_page(
-    index, # an `Index`
-): # a gradio Blocks, to be launched
+    index,  # an `Index`
+):  # a gradio Blocks, to be launched
     "The search page over an index; raises UserError without gradio (Gradio)."
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try: import gradio as gr
-    except ImportError: raise UserError("for the page, install gradio, or cpcl[app]") from None
+    try:
+        import gradio as gr
+    except ImportError:
+        raise UserError("for the page, install gradio, or cpcl[app]") from None
     page = Page(index)
-    with gr.Blocks(title="Find a person by a sentence", analytics_enabled=False) as blocks: _wire(gr, blocks, page, _controls(gr, page))
+    with gr.Blocks(title="Find a person by a sentence", analytics_enabled=False) as blocks:
+        _wire(gr, blocks, page, _controls(gr, page))
     return blocks
 
 # %% ../../nbs/search/04_page.ipynb #b92a97c2
 def serve(
-    index, # an `Index`
-    host:str="127.0.0.1", # another asks for a password
-    port:int=7860, # 0: a free one
-    password:str="", # for the user `cpcl`; from CPCL_PASSWORD or asked for if empty and needed
-    block:bool=True, # wait until stopped
-): # (blocks, its address)
+    index,  # an `Index`
+    host: str = "127.0.0.1",  # another asks for a password
+    port: int = 7860,  # 0: a free one
+    password: str = "",  # for the user `cpcl`; from CPCL_PASSWORD or asked for if empty and needed
+    block: bool = True,  # wait until stopped
+):  # (blocks, its address)
     "Start the page; raises UserError where others could reach it without a password (Gradio)."
     open_to_others = host not in ("127.0.0.1", "localhost", "::1")
     if open_to_others:
-        password = password or os.environ.get("CPCL_PASSWORD", "") or (getpass.getpass(f"password of the user `cpcl` for {host}: ") if sys.stdin and sys.stdin.isatty() else "")
-        if len(password) < 8: raise UserError(f"others can reach {host}: give a password of 8 characters or more (CPCL_PASSWORD)")
+        password = (
+            password
+            or os.environ.get("CPCL_PASSWORD", "")
+            or (
+                getpass.getpass(f"password of the user `cpcl` for {host}: ")
+                if sys.stdin and sys.stdin.isatty()
+                else ""
+            )
+        )
+        if len(password) < 8:
+            raise UserError(
+                f"others can reach {host}: give a password of 8 characters or more (CPCL_PASSWORD)"
+            )
     blocks = build_page(index)
-    index.encoder # weights are checked before anybody asks
-    try: _, local, _ = blocks.launch(server_name=host, server_port=port or None, auth=("cpcl", password) if password else None, share=False, quiet=True, prevent_thread_lock=True, show_error=False,
-        max_file_size=MAX_UPLOAD, css=CSS, footer_links=[], enable_monitoring=False, ssr_mode=False)
-    except OSError as e: raise UserError(f"cannot start the page on {host}:{port}: {e}") from None
-    if block: print(f"the page is at {local} (Ctrl-C stops it)"); blocks.block_thread()
+    index.encoder  # weights are checked before anybody asks
+    try:
+        _, local, _ = blocks.launch(
+            server_name=host,
+            server_port=port or None,
+            auth=("cpcl", password) if password else None,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            show_error=False,
+            max_file_size=MAX_UPLOAD,
+            css=CSS,
+            footer_links=[],
+            enable_monitoring=False,
+            ssr_mode=False,
+        )
+    except OSError as e:
+        raise UserError(f"cannot start the page on {host}:{port}: {e}") from None
+    if block:
+        print(f"the page is at {local} (Ctrl-C stops it)")
+        blocks.block_thread()
     return blocks, local

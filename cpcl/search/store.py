@@ -21,193 +21,302 @@ from ..data.read import Split
 # %% ../../nbs/search/00_store.ipynb #77316a3c
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
+
 def _walk(folder, top, below=""):
     "(relative path, size, mtime_ns) of every image below a folder."
-    with os.scandir(folder) as found: entries = sorted(found, key=lambda e: e.name)
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda e: e.name)
     for e in entries:
-        if e.name.startswith("."): continue
-        if e.is_dir(follow_symlinks=False): yield from _walk(e.path, top, f"{below}{e.name}/"); continue
-        if not e.name.lower().endswith(SUFFIXES) or not e.is_file(): continue
-        if e.is_symlink() and not Path(e.path).resolve().is_relative_to(top): continue
-        seen = e.stat(); yield below + e.name, seen.st_size, seen.st_mtime_ns
+        if e.name.startswith("."):
+            continue
+        if e.is_dir(follow_symlinks=False):
+            yield from _walk(e.path, top, f"{below}{e.name}/")
+            continue
+        if not e.name.lower().endswith(SUFFIXES) or not e.is_file():
+            continue
+        if e.is_symlink() and not Path(e.path).resolve().is_relative_to(top):
+            continue
+        seen = e.stat()
+        yield below + e.name, seen.st_size, seen.st_mtime_ns
+
 
 def list_images(
-    folder, # where the crops lie, or a `Split` of a data set
-) -> pd.DataFrame: # path (relative, with /), size in bytes, mtime_ns; sorted by path
+    folder,  # where the crops lie, or a `Split` of a data set
+) -> pd.DataFrame:  # path (relative, with /), size in bytes, mtime_ns; sorted by path
     "Every image file below a folder, or every image of a split; raises UserError where there is none (ours)."
     if isinstance(folder, Split):
-        seen = [(p, folder.path(i).stat() if folder.path(i).is_file() else None) for i, p in enumerate(folder.images)]
-        return pd.DataFrame(sorted((p, s.st_size, s.st_mtime_ns) if s else (p, -1, 0) for p, s in seen), columns=["path", "size", "mtime_ns"])
+        seen = [
+            (p, folder.path(i).stat() if folder.path(i).is_file() else None)
+            for i, p in enumerate(folder.images)
+        ]
+        return pd.DataFrame(
+            sorted((p, s.st_size, s.st_mtime_ns) if s else (p, -1, 0) for p, s in seen),
+            columns=["path", "size", "mtime_ns"],
+        )
     folder = Path(folder)
-    if not folder.is_dir(): raise UserError(f"{folder} is not a folder")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
     rows = sorted(_walk(folder, folder.resolve()))
-    if not rows: raise UserError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+    if not rows:
+        raise UserError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
     return pd.DataFrame(rows, columns=["path", "size", "mtime_ns"])
 
+
 def read_columns(
-    table, # a CSV file or a DataFrame with a column `path`, the same relative paths as in the folder
-) -> pd.DataFrame: # text columns, `path` as the index
+    table,  # a CSV file or a DataFrame with a column `path`, the same relative paths as in the folder
+) -> pd.DataFrame:  # text columns, `path` as the index
     "What a table tells about the images, all of it as text; raises UserError (ours)."
     name = "the table" if isinstance(table, pd.DataFrame) else f"the table {table}"
     if not isinstance(table, pd.DataFrame):
         try:
-            with warnings.catch_warnings(): # more cells than columns is a warning to pandas, and shifts or drops cells
-                warnings.simplefilter("error", pd.errors.ParserWarning); table = pd.read_csv(table, dtype=str, keep_default_na=False, index_col=False)
-        except (OSError, ValueError, pd.errors.ParserWarning) as e: raise UserError(f"cannot read {name}: {e}; it is a CSV file in UTF-8") from None
-    if "path" not in table: raise UserError(f"{name} needs a column `path`, it has {', '.join(map(str, table.columns))}")
+            with (
+                warnings.catch_warnings()
+            ):  # more cells than columns is a warning to pandas, and shifts or drops cells
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                table = pd.read_csv(table, dtype=str, keep_default_na=False, index_col=False)
+        except (OSError, ValueError, pd.errors.ParserWarning) as e:
+            raise UserError(f"cannot read {name}: {e}; it is a CSV file in UTF-8") from None
+    if "path" not in table:
+        raise UserError(f"{name} needs a column `path`, it has {', '.join(map(str, table.columns))}")
     taken = {"size", "mtime_ns", "rank", "score", "query"} & set(table.columns)
-    if taken: raise UserError(f"{name} has a column {sorted(taken)[0]!r}, a name that the index uses itself: rename it")
-    if table.path.duplicated().any(): raise UserError(f"{name} names {table.path[table.path.duplicated()].iloc[0]!r} twice: keep one")
+    if taken:
+        raise UserError(
+            f"{name} has a column {sorted(taken)[0]!r}, a name that the index uses itself: rename it"
+        )
+    if table.path.duplicated().any():
+        raise UserError(f"{name} names {table.path[table.path.duplicated()].iloc[0]!r} twice: keep one")
     return table.set_index("path").astype(str)
 
 # %% ../../nbs/search/00_store.ipynb #4de759f4
-EXACT_ROWS = 200_000 # up to here every row is compared
-RECALL = .99 # share of the ten nearest that a sample of queries must find beyond
+EXACT_ROWS = 200_000  # up to here every row is compared
+RECALL = 0.99  # share of the ten nearest that a sample of queries must find beyond
+
 
 def vector_index(
-    x:np.ndarray, # float32 `[N, D]` unit rows
-    exact_rows:int=EXACT_ROWS, # up to so many rows: Flat, beyond: PQ, with the rows in 16 bits beside it
-    seed:int=0, # of the sample that the codes are learnt from
-): # a faiss index by inner product
+    x: np.ndarray,  # float32 `[N, D]` unit rows
+    exact_rows: int = EXACT_ROWS,  # up to so many rows: Flat, beyond: PQ, with the rows in 16 bits beside it
+    seed: int = 0,  # of the sample that the codes are learnt from
+):  # a faiss index by inner product
     "Every row compared up to 200,000; beyond, codes that propose and rows that decide (faiss)."
     import faiss
+
     x, (n, d) = np.ascontiguousarray(x, np.float32), x.shape
-    if n <= exact_rows: index = faiss.IndexFlatIP(d); index.add(x); return index
+    if n <= exact_rows:
+        index = faiss.IndexFlatIP(d)
+        index.add(x)
+        return index
     codes = faiss.IndexPQFastScan(d, d // 2 if d % 2 == 0 else d, 4, faiss.METRIC_INNER_PRODUCT)
     codes.pq.cp.seed, codes.pq.cp.min_points_per_centroid = seed, 1
-    rows = faiss.IndexScalarQuantizer(d, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT) # written twice, a row is the same
-    codes.train(x[np.random.default_rng(seed).permutation(n)[:20_000]]); rows.train(x[:1])
-    for start in range(0, n, 65_536): codes.add(x[start:start + 65_536]); rows.add(x[start:start + 65_536])
+    rows = faiss.IndexScalarQuantizer(
+        d, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    )  # written twice, a row is the same
+    codes.train(x[np.random.default_rng(seed).permutation(n)[:20_000]])
+    rows.train(x[:1])
+    for start in range(0, n, 65_536):
+        codes.add(x[start : start + 65_536])
+        rows.add(x[start : start + 65_536])
     return faiss.IndexRefine(codes, rows)
 
 # %% ../../nbs/search/00_store.ipynb #afe2aca6
 def true_nearest(
-    x:np.ndarray, # float32 `[N, D]` unit rows
-    ask:np.ndarray, # float32 `[Q, D]` unit rows
-    k:int=10, # 1..N
-) -> np.ndarray: # int64 `[Q, k]` rows, best first
+    x: np.ndarray,  # float32 `[N, D]` unit rows
+    ask: np.ndarray,  # float32 `[Q, D]` unit rows
+    k: int = 10,  # 1..N
+) -> np.ndarray:  # int64 `[Q, k]` rows, best first
     "The k nearest by comparing with every row (faiss)."
     import faiss
-    return faiss.knn(np.ascontiguousarray(ask, np.float32), np.ascontiguousarray(x, np.float32), k, metric=faiss.METRIC_INNER_PRODUCT)[1]
+
+    return faiss.knn(
+        np.ascontiguousarray(ask, np.float32),
+        np.ascontiguousarray(x, np.float32),
+        k,
+        metric=faiss.METRIC_INNER_PRODUCT,
+    )[1]
+
 
 def recall_at(
-    index, # a faiss index of the same rows
-    ask:np.ndarray, # float32 `[Q, D]` unit rows
-    true:np.ndarray, # int64 `[Q, k]` rows
-) -> float: # 0..1
+    index,  # a faiss index of the same rows
+    ask: np.ndarray,  # float32 `[Q, D]` unit rows
+    true: np.ndarray,  # int64 `[Q, k]` rows
+) -> float:  # 0..1
     "Share of the true nearest that an index finds (ours)."
-    return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(index.search(np.ascontiguousarray(ask, np.float32), true.shape[1])[1], true)]))
+    return float(
+        np.mean(
+            [
+                len(np.intersect1d(a, b)) / len(b)
+                for a, b in zip(index.search(np.ascontiguousarray(ask, np.float32), true.shape[1])[1], true)
+            ]
+        )
+    )
+
 
 def tune(
-    index, # of `vector_index`, beyond the exact ones; its `k_factor` is set
-    x:np.ndarray, # float32 `[N, D]` unit rows, what it holds
-    ask:np.ndarray, # float32 `[Q, D]` unit rows, a sample of what will be asked
-    wanted:float=RECALL, # 0..1
-) -> float: # recall at 10 with so many proposals
+    index,  # of `vector_index`, beyond the exact ones; its `k_factor` is set
+    x: np.ndarray,  # float32 `[N, D]` unit rows, what it holds
+    ask: np.ndarray,  # float32 `[Q, D]` unit rows, a sample of what will be asked
+    wanted: float = RECALL,  # 0..1
+) -> float:  # recall at 10 with so many proposals
     "The fewest proposals a place in the list (1, 2, 4, ..) with which queries find their nearest rows (ours)."
     true, factor = true_nearest(x, ask, min(10, len(x))), 1
     while True:
-        index.k_factor = factor; found = recall_at(index, ask, true)
-        if found >= wanted or factor * true.shape[1] >= len(x): return found
+        index.k_factor = factor
+        found = recall_at(index, ask, true)
+        if found >= wanted or factor * true.shape[1] >= len(x):
+            return found
         factor *= 2
 
 # %% ../../nbs/search/00_store.ipynb #6e5e3ac5
-PIECE = 8 << 20 # bytes hashed at once
+PIECE = 8 << 20  # bytes hashed at once
+
 
 def digest(
-    path, # a file
-) -> str: # 64 hexadecimal digits
+    path,  # a file
+) -> str:  # 64 hexadecimal digits
     "SHA-256 of the SHA-256 of each 8 MB, so that all cores can hash (hashlib)."
+
     def piece(start):
         "The hash of one piece."
-        with open(path, "rb") as f: f.seek(start); return hashlib.sha256(f.read(PIECE)).digest()
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool: return hashlib.sha256(b"".join(pool.map(piece, range(0, max(1, os.path.getsize(path)), PIECE)))).hexdigest()
+        with open(path, "rb") as f:
+            f.seek(start)
+            return hashlib.sha256(f.read(PIECE)).digest()
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return hashlib.sha256(
+            b"".join(pool.map(piece, range(0, max(1, os.path.getsize(path)), PIECE)))
+        ).hexdigest()
+
 
 def _parquet():
     "Say what is missing where pandas could not write Parquet."
-    try: import pyarrow # noqa: F401
-    except ImportError: raise UserError("an index keeps its rows in Parquet: install pyarrow, or cpcl[app]") from None
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise UserError("an index keeps its rows in Parquet: install pyarrow, or cpcl[app]") from None
+
 
 def write_manifest(
-    folder, # of the index
-    manifest:dict, # plain JSON values
+    folder,  # of the index
+    manifest: dict,  # plain JSON values
 ):
     "The file that makes an index, renamed into place (ours)."
-    with atomic_path(Path(folder)/"manifest.json") as t: t.write_text(json.dumps(manifest, indent=1), encoding="utf8")
+    with atomic_path(Path(folder) / "manifest.json") as t:
+        t.write_text(json.dumps(manifest, indent=1), encoding="utf8")
+
 
 def read_manifest(
-    folder, # of the index
-    formats:tuple, # that can be read
-) -> dict: # as written
+    folder,  # of the index
+    formats: tuple,  # that can be read
+) -> dict:  # as written
     "What an index says of itself; raises UserError for none or a damaged one (ours)."
     damaged = UserError(f"{folder}/manifest.json is damaged: build the index again")
-    try: manifest = json.loads((Path(folder)/"manifest.json").read_text(encoding="utf8"))
-    except (FileNotFoundError, NotADirectoryError): raise UserError(f"{folder} holds no index (no manifest.json); make one with `cpcl index`") from None
-    except (ValueError, RecursionError): raise damaged from None
-    if not isinstance(manifest, dict): raise damaged
-    if manifest.get("format") not in formats: raise UserError(f"{folder} is an index of format {manifest.get('format')}, this version reads {formats[-1]}: build it again")
-    files = manifest.get("files", {}) # names of files in this folder, never elsewhere
-    if not isinstance(files, dict) or not all(isinstance(f, dict) and all(isinstance(f.get(k), str) for k in ("file", "sha256")) and Path(f["file"]).name == f["file"] for f in files.values()): raise damaged
+    try:
+        manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} holds no index (no manifest.json); make one with `cpcl index`") from None
+    except (ValueError, RecursionError):
+        raise damaged from None
+    if not isinstance(manifest, dict):
+        raise damaged
+    if manifest.get("format") not in formats:
+        raise UserError(
+            f"{folder} is an index of format {manifest.get('format')}, this version reads {formats[-1]}: build it again"
+        )
+    files = manifest.get("files", {})  # names of files in this folder, never elsewhere
+    if not isinstance(files, dict) or not all(
+        isinstance(f, dict)
+        and all(isinstance(f.get(k), str) for k in ("file", "sha256"))
+        and Path(f["file"]).name == f["file"]
+        for f in files.values()
+    ):
+        raise damaged
     return manifest
 
 # %% ../../nbs/search/00_store.ipynb #86b034ad
 class LocalStore:
     "Rows and vectors in files of one folder (faiss, Parquet)."
-    def __init__(self,
-        rows:pd.DataFrame=None, # path, size, mtime_ns, columns; none to begin with
-        vectors=None, # a faiss index, rows in the same order
-        exact_rows:int=EXACT_ROWS, # up to so many rows every row is compared
-        recall:float=1., # that was measured, 0..1
+
+    def __init__(
+        self,
+        rows: pd.DataFrame = None,  # path, size, mtime_ns, columns; none to begin with
+        vectors=None,  # a faiss index, rows in the same order
+        exact_rows: int = EXACT_ROWS,  # up to so many rows every row is compared
+        recall: float = 1.0,  # that was measured, 0..1
     ):
         _parquet()
         self.rows = pd.DataFrame({"path": [], "size": [], "mtime_ns": []}) if rows is None else rows
-        self.vectors, self.exact_rows, self.recall, self._new, self._codes, self._numbers = vectors, exact_rows, recall, [], {}, None
-    def __len__(self): return len(self.rows)
+        self.vectors, self.exact_rows, self.recall, self._new, self._codes, self._numbers = (
+            vectors,
+            exact_rows,
+            recall,
+            [],
+            {},
+            None,
+        )
+
+    def __len__(self):
+        return len(self.rows)
+
     @property
-    def kind(self): # "Flat" or "PQ"
+    def kind(self):  # "Flat" or "PQ"
         "How a search compares."
         return "PQ" if hasattr(self.vectors, "k_factor") else "Flat"
-    def table(self) -> pd.DataFrame: # every row
+
+    def table(self) -> pd.DataFrame:  # every row
         "Path, size, time of change and columns of every row."
         return self.rows
 
 # %% ../../nbs/search/00_store.ipynb #33bdb15d
 @patch
-def _number(self:LocalStore, path):
-    if self._numbers is None: self._numbers = dict(zip(self.rows.path, range(len(self.rows))))
+def _number(self: LocalStore, path):
+    if self._numbers is None:
+        self._numbers = dict(zip(self.rows.path, range(len(self.rows))))
     return self._numbers.get(path)
 
+
 @patch
-def has(self:LocalStore, path:str) -> bool:
+def has(self: LocalStore, path: str) -> bool:
     "Is this path in the index?"
     return self._number(path) is not None
 
-@patch
-def take(self:LocalStore,
-    paths, # of rows
-) -> np.ndarray: # float32 `[n, D]`
-    "Their vectors; raises UserError for a path that is not there."
-    numbers = [self._number(p) for p in paths]
-    if None in numbers: raise UserError(f"{list(paths)[numbers.index(None)]!r} is not in the index")
-    return self.vectors.reconstruct_batch(np.array(numbers, np.int64)) if numbers else np.zeros((0, self.vectors.d), np.float32)
 
 @patch
-def add(self:LocalStore,
-    rows:pd.DataFrame, # new or changed ones
-    x:np.ndarray, # float32 `[n, D]` unit rows
+def take(
+    self: LocalStore,
+    paths,  # of rows
+) -> np.ndarray:  # float32 `[n, D]`
+    "Their vectors; raises UserError for a path that is not there."
+    numbers = [self._number(p) for p in paths]
+    if None in numbers:
+        raise UserError(f"{list(paths)[numbers.index(None)]!r} is not in the index")
+    return (
+        self.vectors.reconstruct_batch(np.array(numbers, np.int64))
+        if numbers
+        else np.zeros((0, self.vectors.d), np.float32)
+    )
+
+
+@patch
+def add(
+    self: LocalStore,
+    rows: pd.DataFrame,  # new or changed ones
+    x: np.ndarray,  # float32 `[n, D]` unit rows
 ):
     "Remember vectors for `finish`."
-    if len(rows): self._new.append((rows.path.tolist(), x))
+    if len(rows):
+        self._new.append((rows.path.tolist(), x))
 
 # %% ../../nbs/search/00_store.ipynb #bcc7d164
 @patch
-def finish(self:LocalStore,
-    rows:pd.DataFrame, # what the index shall hold
-    ask, # () -> float32 `[Q, D]`, a sample of queries for the recall; called only beyond `exact_rows`
-) -> bool: # whether anything is different now
+def finish(
+    self: LocalStore,
+    rows: pd.DataFrame,  # what the index shall hold
+    ask,  # () -> float32 `[Q, D]`, a sample of queries for the recall; called only beyond `exact_rows`
+) -> bool:  # whether anything is different now
     "Put rows and vectors together (ours)."
     kind = "Flat" if len(rows) <= self.exact_rows else "PQ"
-    if not self._new and kind == self.kind and self.rows.path.tolist() == rows.path.tolist(): # the vectors stay as they are
+    if (
+        not self._new and kind == self.kind and self.rows.path.tolist() == rows.path.tolist()
+    ):  # the vectors stay as they are
         told, self.rows, self._codes = self.rows, rows.reset_index(drop=True), {}
         return not told.equals(self.rows)
     new = {p: (i, j) for i, (paths, _) in enumerate(self._new) for j, p in enumerate(paths)}
@@ -215,69 +324,102 @@ def finish(self:LocalStore,
     x = np.empty((len(rows), self._new[0][1].shape[1] if self._new else self.vectors.d), np.float32)
     x[~fresh] = self.take(rows.path[~fresh].tolist()) if (~fresh).any() else 0
     x[fresh] = [self._new[i][1][j] for i, j in (new[p] for p in rows.path[fresh])] if fresh.any() else 0
-    self.rows, self.vectors, self._new, self._codes, self._numbers = rows.reset_index(drop=True), vector_index(x, self.exact_rows), [], {}, None
-    self.recall = tune(self.vectors, x, ask()) if kind == "PQ" else 1.
+    self.rows, self.vectors, self._new, self._codes, self._numbers = (
+        rows.reset_index(drop=True),
+        vector_index(x, self.exact_rows),
+        [],
+        {},
+        None,
+    )
+    self.recall = tune(self.vectors, x, ask()) if kind == "PQ" else 1.0
     return True
 
 # %% ../../nbs/search/00_store.ipynb #8aa0b09d
 @patch
-def _passing(self:LocalStore, where):
+def _passing(self: LocalStore, where):
     "bool `[N]`: which rows a filter lets through."
     keep = np.ones(len(self), bool)
     for name, values in where.items():
-        if name not in self._codes: self._codes[name] = pd.factorize(self.rows[name])
+        if name not in self._codes:
+            self._codes[name] = pd.factorize(self.rows[name])
         codes, known = self._codes[name]
         keep &= np.isin(known, list(values))[codes]
     return keep
 
+
 @patch
-def nearest(self:LocalStore,
-    q:np.ndarray, # float32 `[Q, D]` unit rows
-    k:int, # rows a query, 1 or more
-    where:dict, # column -> texts of which a row must have one; may be empty
-) -> list: # a DataFrame a query: path, score, columns; best first
+def nearest(
+    self: LocalStore,
+    q: np.ndarray,  # float32 `[Q, D]` unit rows
+    k: int,  # rows a query, 1 or more
+    where: dict,  # column -> texts of which a row must have one; may be empty
+) -> list:  # a DataFrame a query: path, score, columns; best first
     "The nearest rows among those the filters let through (faiss)."
     import faiss
+
     keep = self._passing(where) if where else None
     left = len(self) if keep is None else int(keep.sum())
     columns = [c for c in self.rows if c not in ("size", "mtime_ns")]
-    if not left: return [self.rows.iloc[:0][columns].assign(score=[])] * len(q)
+    if not left:
+        return [self.rows.iloc[:0][columns].assign(score=[])] * len(q)
     index, how = self.vectors, {}
     if keep is not None:
         index = faiss.downcast_index(index.refine_index) if self.kind == "PQ" else index
-        bits = np.packbits(keep, bitorder="little"); how = {"params": faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))}
+        bits = np.packbits(keep, bitorder="little")
+        how = {"params": faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))}
     score, row = index.search(np.ascontiguousarray(q, np.float32), min(k, left), **how)
-    return [self.rows.iloc[r[r >= 0]][columns].assign(score=s[r >= 0].astype(float)) for s, r in zip(score, row)]
+    return [
+        self.rows.iloc[r[r >= 0]][columns].assign(score=s[r >= 0].astype(float)) for s, r in zip(score, row)
+    ]
 
 # %% ../../nbs/search/00_store.ipynb #34364d48
 @patch
-def write(self:LocalStore,
-    folder, # of the index
-    manifest:dict, # what else is to be said; the files' names and checksums are added
-) -> dict: # the manifest as written
+def write(
+    self: LocalStore,
+    folder,  # of the index
+    manifest: dict,  # what else is to be said; the files' names and checksums are added
+) -> dict:  # the manifest as written
     "Vectors and rows, then the manifest, then the old files go (ours)."
     import faiss
-    folder = Path(folder); files = {}
-    for name, suffix, put in (("vectors", ".faiss", lambda p: faiss.write_index(self.vectors, str(p))), ("rows", ".parquet", lambda p: self.rows.to_parquet(p, index=False))):
-        with atomic_path(folder/f"{name}-new{suffix}") as t: put(t)
-        sum = digest(folder/f"{name}-new{suffix}"); files[name] = {"file": f"{name}-{sum[:12]}{suffix}", "sha256": sum}
-        os.replace(folder/f"{name}-new{suffix}", folder/files[name]["file"])
-    manifest = manifest | {"files": files}; write_manifest(folder, manifest)
+
+    folder = Path(folder)
+    files = {}
+    for name, suffix, put in (
+        ("vectors", ".faiss", lambda p: faiss.write_index(self.vectors, str(p))),
+        ("rows", ".parquet", lambda p: self.rows.to_parquet(p, index=False)),
+    ):
+        with atomic_path(folder / f"{name}-new{suffix}") as t:
+            put(t)
+        sum = digest(folder / f"{name}-new{suffix}")
+        files[name] = {"file": f"{name}-{sum[:12]}{suffix}", "sha256": sum}
+        os.replace(folder / f"{name}-new{suffix}", folder / files[name]["file"])
+    manifest = manifest | {"files": files}
+    write_manifest(folder, manifest)
     for old in [*folder.glob("vectors-*.faiss"), *folder.glob("rows-*.parquet")]:
-        if old.name not in {f["file"] for f in files.values()}: old.unlink()
+        if old.name not in {f["file"] for f in files.values()}:
+            old.unlink()
     return manifest
 
+
 def read_store(
-    folder, # of the index
-    files:dict, # of its manifest
-    recall:float=1., # of its manifest
+    folder,  # of the index
+    files: dict,  # of its manifest
+    recall: float = 1.0,  # of its manifest
 ) -> LocalStore:
     "The rows and vectors a manifest names; raises UserError where they are not as written (ours)."
     import faiss
+
     folder = Path(folder)
     for f in files.values():
-        if not (folder/f["file"]).is_file() or digest(folder/f["file"]) != f["sha256"]: raise UserError(f"{folder}/{f['file']} is missing or damaged: build the index again")
-    _parquet(); rows = pd.read_parquet(folder/files["rows"]["file"])
-    vectors = faiss.read_index(str(folder/files["vectors"]["file"]), getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))
-    if len(rows) != vectors.ntotal: raise UserError(f"{folder} holds {len(rows)} rows and {vectors.ntotal} vectors: build the index again")
+        if not (folder / f["file"]).is_file() or digest(folder / f["file"]) != f["sha256"]:
+            raise UserError(f"{folder}/{f['file']} is missing or damaged: build the index again")
+    _parquet()
+    rows = pd.read_parquet(folder / files["rows"]["file"])
+    vectors = faiss.read_index(
+        str(folder / files["vectors"]["file"]), getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
+    )
+    if len(rows) != vectors.ntotal:
+        raise UserError(
+            f"{folder} holds {len(rows)} rows and {vectors.ntotal} vectors: build the index again"
+        )
     return LocalStore(rows, vectors, recall=recall)

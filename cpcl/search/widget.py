@@ -17,65 +17,124 @@ from ..data.read import read_image
 # %% ../../nbs/search/03_widget.ipynb #8c7e86a1
 class Finder:
     "Search widgets over an index; display `box` (ours)."
-    def __init__(self,
-        index, # an `Index` (`search/02_index`)
-        k:int=12, # images to begin with
-        height:int=150, # of a picture, pixels
+
+    def __init__(
+        self,
+        index,  # an `Index` (`search/02_index`)
+        k: int = 12,  # images to begin with
+        height: int = 150,  # of a picture, pixels
     ):
-        try: import ipywidgets as w
-        except ImportError: raise UserError("to explore an index in a notebook, install ipywidgets") from None
+        try:
+            import ipywidgets as w
+        except ImportError:
+            raise UserError("to explore an index in a notebook, install ipywidgets") from None
         self.index, self.height, self.found, self._w = index, height, None, w
-        self.sentence = w.Text(placeholder="a woman in a red coat with a black backpack", description="find", continuous_update=False, layout=w.Layout(width="60%"))
+        self.sentence = w.Text(
+            placeholder="a woman in a red coat with a black backpack",
+            description="find",
+            continuous_update=False,
+            layout=w.Layout(width="60%"),
+        )
         self.k = w.BoundedIntText(k, min=1, max=100, description="how many", layout=w.Layout(width="170px"))
-        self.filters = {c: w.Dropdown(options=["any", *index.values(c)], description=c) for c in index.columns if index.values(c)}
-        self.again, self.note, self.pictures, self.marks = w.Button(description="ask again with the marked"), w.HTML(), w.HBox(layout=w.Layout(flex_flow="row wrap")), {}
-        self.sentence.observe(lambda change: self.ask(), "value"); self.again.on_click(lambda _: self.re_ask())
-        for f in [self.k, *self.filters.values()]: f.observe(lambda change: self.ask() if self.sentence.value.strip() else None, "value")
-        self.box = w.VBox([w.HBox([self.sentence, self.k]), w.HBox([*self.filters.values(), self.again]), self.note, self.pictures])
+        self.filters = {
+            c: w.Dropdown(options=["any", *index.values(c)], description=c)
+            for c in index.columns
+            if index.values(c)
+        }
+        self.again, self.note, self.pictures, self.marks = (
+            w.Button(description="ask again with the marked"),
+            w.HTML(),
+            w.HBox(layout=w.Layout(flex_flow="row wrap")),
+            {},
+        )
+        self.sentence.observe(lambda change: self.ask(), "value")
+        self.again.on_click(lambda _: self.re_ask())
+        for f in [self.k, *self.filters.values()]:
+            f.observe(lambda change: self.ask() if self.sentence.value.strip() else None, "value")
+        self.box = w.VBox(
+            [
+                w.HBox([self.sentence, self.k]),
+                w.HBox([*self.filters.values(), self.again]),
+                self.note,
+                self.pictures,
+            ]
+        )
         self._tell("Type a sentence and press Enter. For images you have the right to search.")
 
 # %% ../../nbs/search/03_widget.ipynb #c4b9f437
 @patch
-def where(self:Finder) -> dict: # column -> value, of the filters that are set
+def where(self: Finder) -> dict:  # column -> value, of the filters that are set
     "The filters."
     return {c: f.value for c, f in self.filters.items() if f.value != "any"}
 
+
 @patch
-def ask(self:Finder):
+def ask(self: Finder):
     "Search for the sentence."
     self._try(lambda: self.index.search(self.sentence.value, self.k.value, self.where()))
 
+
 @patch
-def like(self:Finder, path:str):
+def like(self: Finder, path: str):
     "More like one image."
     self._try(lambda: self.index.search(image=path, k=self.k.value, where=self.where()))
 
+
 @patch
-def re_ask(self:Finder):
+def re_ask(self: Finder):
     "Ask again with the images that are marked right."
-    self._try(lambda: self.index.more_like([p for p, m in self.marks.items() if m.value], query=self.sentence.value.strip() or None, k=self.k.value, where=self.where()))
+    self._try(
+        lambda: self.index.more_like(
+            [p for p, m in self.marks.items() if m.value],
+            query=self.sentence.value.strip() or None,
+            k=self.k.value,
+            where=self.where(),
+        )
+    )
 
 # %% ../../nbs/search/03_widget.ipynb #2926d93e
 @patch
-def _tell(self:Finder, text): self.note.value = html.escape(text)
+def _tell(self: Finder, text):
+    self.note.value = html.escape(text)
+
 
 @patch
-def _try(self:Finder, search):
+def _try(self: Finder, search):
     "Show what is found, or in one line why nothing is."
-    try: found = search()
-    except UserError as e: return self._tell(str(e))
-    self.found = found; self._tell(f"{len(found)} images" if len(found) else "Nothing passes these filters."); self._draw()
+    try:
+        found = search()
+    except UserError as e:
+        return self._tell(str(e))
+    self.found = found
+    self._tell(f"{len(found)} images" if len(found) else "Nothing passes these filters.")
+    self._draw()
 
 
 @patch
-def _draw(self:Finder):
+def _draw(self: Finder):
     w, cards, self.marks = self._w, [], {}
     for r in self.found.itertuples():
         data = io.BytesIO()
-        try: image = read_image(Path(self.index.manifest["folder"])/r.path)
-        except UserError: continue # gone since it was indexed
-        image.thumbnail((4 * self.height, self.height)); image.save(data, "PNG")
-        self.marks[r.path] = w.ToggleButton(description="right", layout=w.Layout(width="70px")); more = w.Button(description="like this", layout=w.Layout(width="70px"))
+        try:
+            image = read_image(Path(self.index.manifest["folder"]) / r.path)
+        except UserError:
+            continue  # gone since it was indexed
+        image.thumbnail((4 * self.height, self.height))
+        image.save(data, "PNG")
+        self.marks[r.path] = w.ToggleButton(description="right", layout=w.Layout(width="70px"))
+        more = w.Button(description="like this", layout=w.Layout(width="70px"))
         more.on_click(lambda _, p=r.path: self.like(p))
-        cards.append(w.VBox([w.Image(value=data.getvalue(), format="png", height=self.height), w.HTML(f"<small title='{html.escape(r.path, quote=True)}'>{r.rank} &nbsp; {r.score:.2f}</small>"), more, self.marks[r.path]], layout=w.Layout(margin="4px")))
+        cards.append(
+            w.VBox(
+                [
+                    w.Image(value=data.getvalue(), format="png", height=self.height),
+                    w.HTML(
+                        f"<small title='{html.escape(r.path, quote=True)}'>{r.rank} &nbsp; {r.score:.2f}</small>"
+                    ),
+                    more,
+                    self.marks[r.path],
+                ],
+                layout=w.Layout(margin="4px"),
+            )
+        )
     self.pictures.children = cards

@@ -20,109 +20,317 @@ from .people import Look, Person, Shot, darker
 @dataclass(frozen=True)
 class Camera:
     "Light, colour, detail and place of one camera (ours)."
-    name:str
-    gain:float=1.; cast:tuple=(1., 1., 1.)               # brightness; factor of red, green, blue
-    saturation:float=1.; contrast:float=1.; haze:float=0. # 1, 1, 0 change nothing
-    noise:float=4.; blur:float=.4                        # deviation in grey levels; radius in pixels
-    size:tuple=(96, 128)                                 # lowest and highest picture, pixels
-    tilt:float=.08; light:int=1                          # how far it looks down; the light's side
-    views:tuple=(.4, .3, .3)                             # how often front, back, side
-    place:str="wall"                                     # wall, bricks, shops, hedge, crossing, blocks, plain
-    wall:tuple=(150, 150, 150); ground:tuple=(120, 120, 120); horizon:float=.55
-    def matrix(self, light:float=1.) -> np.ndarray:
+
+    name: str
+    gain: float = 1.0
+    cast: tuple = (1.0, 1.0, 1.0)  # brightness; factor of red, green, blue
+    saturation: float = 1.0
+    contrast: float = 1.0
+    haze: float = 0.0  # 1, 1, 0 change nothing
+    noise: float = 4.0
+    blur: float = 0.4  # deviation in grey levels; radius in pixels
+    size: tuple = (96, 128)  # lowest and highest picture, pixels
+    tilt: float = 0.08
+    light: int = 1  # how far it looks down; the light's side
+    views: tuple = (0.4, 0.3, 0.3)  # how often front, back, side
+    place: str = "wall"  # wall, bricks, shops, hedge, crossing, blocks, plain
+    wall: tuple = (150, 150, 150)
+    ground: tuple = (120, 120, 120)
+    horizon: float = 0.55
+
+    def matrix(self, light: float = 1.0) -> np.ndarray:
         "The transform as `[3, 4]`: a colour's factors and what is added, in 0..255 (ours)."
-        mix = self.saturation * np.eye(3) + (1 - self.saturation) / 3; k = np.array(self.cast) * self.gain * light
-        shift = (1 - self.haze) * (.5 - .5 * self.contrast) + .75 * self.haze
+        mix = self.saturation * np.eye(3) + (1 - self.saturation) / 3
+        k = np.array(self.cast) * self.gain * light
+        shift = (1 - self.haze) * (0.5 - 0.5 * self.contrast) + 0.75 * self.haze
         return np.column_stack([(1 - self.haze) * self.contrast * mix * k, np.full(3, 255 * shift)])
-    def colour(self, rgb, light:float=1.):
+
+    def colour(self, rgb, light: float = 1.0):
         "What this camera makes of colours `[..., 3]` in 0..255 (not yet clipped; ours)."
-        m = self.matrix(light); return np.asarray(rgb) @ m[:, :3].T + m[:, 3]
+        m = self.matrix(light)
+        return np.asarray(rgb) @ m[:, :3].T + m[:, 3]
 
 # %% ../../nbs/synth/03_camera.ipynb #23d44256
 def _furnish(d, camera, rng, w, h, cut):
-    colour, place = lambda f=1.: darker(rng.integers(30, 225, 3), f), camera.place
+    colour, place = lambda f=1.0: darker(rng.integers(30, 225, 3), f), camera.place
     if place == "bricks":
         for y in range(0, cut, 16):
-            d.line((0, y, w, y), fill=darker(camera.wall, .75))
-            for x in range(y % 32, w, 34): d.line((x, y, x, y + 16), fill=darker(camera.wall, .75))
+            d.line((0, y, w, y), fill=darker(camera.wall, 0.75))
+            for x in range(y % 32, w, 34):
+                d.line((x, y, x, y + 16), fill=darker(camera.wall, 0.75))
     if place == "shops":
-        for x in range(-20, w, 92): d.rectangle((x, 30, x + 74, cut - 8), fill=colour(.6), outline=(200, 200, 200)); d.rectangle((x, 8, x + 74, 24), fill=colour())
+        for x in range(-20, w, 92):
+            d.rectangle((x, 30, x + 74, cut - 8), fill=colour(0.6), outline=(200, 200, 200))
+            d.rectangle((x, 8, x + 74, 24), fill=colour())
     if place == "hedge":
-        for x, y, f in zip(rng.integers(-20, w, 120), rng.integers(-20, cut - 20, 120), rng.uniform(.7, 1.3, 120)): d.ellipse((x, y, x + 46, y + 60), fill=darker(camera.wall, f))
+        for x, y, f in zip(
+            rng.integers(-20, w, 120), rng.integers(-20, cut - 20, 120), rng.uniform(0.7, 1.3, 120)
+        ):
+            d.ellipse((x, y, x + 46, y + 60), fill=darker(camera.wall, f))
     if place == "crossing":
-        for x in range(-40, w, 60): d.polygon(((x, cut + 10), (x + 26, cut + 10), (x + 12, h), (x - 26, h)), fill=(214, 214, 208))
+        for x in range(-40, w, 60):
+            d.polygon(((x, cut + 10), (x + 26, cut + 10), (x + 12, h), (x - 26, h)), fill=(214, 214, 208))
     if place == "blocks":
-        for x, y, a, b in rng.integers((-20, 0, 15, 15), (w, cut, 110, 120), (14, 4)): d.rectangle((x, y, x + a, y + b), fill=colour())
+        for x, y, a, b in rng.integers((-20, 0, 15, 15), (w, cut, 110, 120), (14, 4)):
+            d.rectangle((x, y, x + a, y + b), fill=colour())
+
 
 @lru_cache(maxsize=256)
 def scene(
-    camera:Camera, # whose place
-) -> Image.Image: # 512 x 256, to be copied, not drawn on
+    camera: Camera,  # whose place
+) -> Image.Image:  # 512 x 256, to be copied, not drawn on
     "The background of a camera, painted once (ours)."
-    rng = keyed_rng(*camera.name.encode()); h, w = 256, 512
+    rng = keyed_rng(*camera.name.encode())
+    h, w = 256, 512
     y = np.linspace(0, 1, h, dtype=np.float32)[:, None, None]
-    base = np.where(y < camera.horizon, np.array(camera.wall) * (.85 + .3 * y), np.array(camera.ground) * (1.2 - .35 * y))
-    image = Image.fromarray(np.clip(base + rng.normal(0, 2, (h, w, 1)), 0, 255).astype(np.uint8)); d = ImageDraw.Draw(image)
+    base = np.where(
+        y < camera.horizon,
+        np.array(camera.wall) * (0.85 + 0.3 * y),
+        np.array(camera.ground) * (1.2 - 0.35 * y),
+    )
+    image = Image.fromarray(np.clip(base + rng.normal(0, 2, (h, w, 1)), 0, 255).astype(np.uint8))
+    d = ImageDraw.Draw(image)
     _furnish(d, camera, rng, w, h, int(h * camera.horizon))
-    if camera.place in ("wall", "shops", "bricks"): # the lines of the pavement run towards the horizon
-        for x in range(-456, 464, 48): d.line((256 + x * .6, h * camera.horizon, 256 + x * 2.2, h), fill=darker(camera.ground, .85))
+    if camera.place in ("wall", "shops", "bricks"):  # the lines of the pavement run towards the horizon
+        for x in range(-456, 464, 48):
+            d.line((256 + x * 0.6, h * camera.horizon, 256 + x * 2.2, h), fill=darker(camera.ground, 0.85))
     return image
 
 # %% ../../nbs/synth/03_camera.ipynb #43adb132
-def _low(d, y, w, h, rgb, kind, rng): # a car, a hedge, a wall
-    if kind < .4: d.rounded_rectangle((-30, y, w + 30, h + 40), 14, fill=rgb); d.line((0, y + 12, w, y + 12), fill=darker(rgb, 1.4), width=3)
-    elif kind < .7:
-        for x, up, f in zip(range(0, w + 16, 12), rng.uniform(0, 12, 20), rng.uniform(.6, 1.3, 20)): d.ellipse((x - 16, y + up, x + 16, h + 30), fill=darker((58, 98, 48), f))
-    else: d.rectangle((0, y, w, h), fill=darker(rgb, .6)); d.line((0, y, w, y), fill=rgb, width=4)
+def _low(d, y, w, h, rgb, kind, rng):  # a car, a hedge, a wall
+    if kind < 0.4:
+        d.rounded_rectangle((-30, y, w + 30, h + 40), 14, fill=rgb)
+        d.line((0, y + 12, w, y + 12), fill=darker(rgb, 1.4), width=3)
+    elif kind < 0.7:
+        for x, up, f in zip(range(0, w + 16, 12), rng.uniform(0, 12, 20), rng.uniform(0.6, 1.3, 20)):
+            d.ellipse((x - 16, y + up, x + 16, h + 30), fill=darker((58, 98, 48), f))
+    else:
+        d.rectangle((0, y, w, h), fill=darker(rgb, 0.6))
+        d.line((0, y, w, y), fill=rgb, width=4)
 
-def _side(d, s, top, tall, w, h, rgb, kind): # a post, somebody's shoulder
-    x = w * (.16 + .68 * s.hidden); x, edge = (x, 0) if s.flip > 0 else (w - x, w); reach = abs(x - edge)
-    if kind < .5: d.rectangle((edge - reach, 0, edge + reach, h), fill=rgb); return
-    d.ellipse((edge - reach, top + tall * .1, edge + reach, h + 80), fill=rgb)
-    d.ellipse((edge + 2 * s.flip - 14, top - 4, edge + 2 * s.flip + 14, top + tall * .17), fill=(60, 44, 36))
+
+def _side(d, s, top, tall, w, h, rgb, kind):  # a post, somebody's shoulder
+    x = w * (0.16 + 0.68 * s.hidden)
+    x, edge = (x, 0) if s.flip > 0 else (w - x, w)
+    reach = abs(x - edge)
+    if kind < 0.5:
+        d.rectangle((edge - reach, 0, edge + reach, h), fill=rgb)
+        return
+    d.ellipse((edge - reach, top + tall * 0.1, edge + reach, h + 80), fill=rgb)
+    d.ellipse((edge + 2 * s.flip - 14, top - 4, edge + 2 * s.flip + 14, top + tall * 0.17), fill=(60, 44, 36))
+
 
 def _cover(image, s, top, tall, rng):
-    d, (w, h), kind = ImageDraw.Draw(image), image.size, rng.random(); rgb = tuple(int(c) for c in rng.integers(30, 215, 3))
-    if s.cover == "low": _low(d, top + tall * (1 - s.hidden), w, h, rgb, kind, rng)
-    if s.cover == "side": _side(d, s, top, tall, w, h, rgb, kind)
+    d, (w, h), kind = ImageDraw.Draw(image), image.size, rng.random()
+    rgb = tuple(int(c) for c in rng.integers(30, 215, 3))
+    if s.cover == "low":
+        _low(d, top + tall * (1 - s.hidden), w, h, rgb, kind, rng)
+    if s.cover == "side":
+        _side(d, s, top, tall, w, h, rgb, kind)
 
 # %% ../../nbs/synth/03_camera.ipynb #51d8e9b0
 def picture(
-    p:Person, # who
-    s:Shot, # the moment
-    camera:Camera, # through which camera
-    look:Look, # in which style
-    rng:np.random.Generator, # consumed; the place, the crop and the noise
-) -> Image.Image: # RGB, as high as the camera's size says, a third to a half as wide
+    p: Person,  # who
+    s: Shot,  # the moment
+    camera: Camera,  # through which camera
+    look: Look,  # in which style
+    rng: np.random.Generator,  # consumed; the place, the crop and the noise
+) -> Image.Image:  # RGB, as high as the camera's size says, a third to a half as wide
     "One image of a person (ours)."
-    x = int(rng.integers(0, 512 - 128)); image = scene(camera).crop((x, 0, x + 128, 256))
+    x = int(rng.integers(0, 512 - 128))
+    image = scene(camera).crop((x, 0, x + 128, 256))
     top, tall = paint(image, p, s, look, camera.tilt, camera.light)
-    if s.cover: _cover(image, s, top, tall, rng)
-    wide, h = int(rng.integers(90, 122)), int(rng.integers(camera.size[0], camera.size[1] + 1)); left = (128 - wide) // 2 + int(rng.integers(-3, 4))
+    if s.cover:
+        _cover(image, s, top, tall, rng)
+    wide, h = int(rng.integers(90, 122)), int(rng.integers(camera.size[0], camera.size[1] + 1))
+    left = (128 - wide) // 2 + int(rng.integers(-3, 4))
     image = image.resize((round(h * wide / 256), h), Image.Resampling.BOX, box=(left, 0, left + wide, 256))
-    blur = camera.blur * rng.uniform(.5, 1.5)
-    if blur > .25: image = image.filter(ImageFilter.GaussianBlur(blur))
-    slope = np.linspace(1, 1 + rng.uniform(-.18, .18), h, dtype=np.float32)[:, None, None]
+    blur = camera.blur * rng.uniform(0.5, 1.5)
+    if blur > 0.25:
+        image = image.filter(ImageFilter.GaussianBlur(blur))
+    slope = np.linspace(1, 1 + rng.uniform(-0.18, 0.18), h, dtype=np.float32)[:, None, None]
     image = image.convert("RGB", tuple(camera.matrix(s.light).ravel().tolist()))
-    a = np.asarray(image) * slope + rng.standard_normal((h, image.width, 1), np.float32) * np.float32(camera.noise)
+    a = np.asarray(image) * slope + rng.standard_normal((h, image.width, 1), np.float32) * np.float32(
+        camera.noise
+    )
     return Image.fromarray(np.clip(a, 0, 255).astype(np.uint8))
 
 # %% ../../nbs/synth/03_camera.ipynb #2d3494a5
 STREET_CAMERAS = (
-    Camera("gate", 1.05, (1.02, 1., .97), .95, 1.05, 0., 4., .45, (104, 132), .05, 1, (.7, .1, .2), "wall", (168, 160, 146), (128, 126, 122), .55),
-    Camera("arcade", .72, (1.12, .98, .80), .9, 1.1, .03, 6., .6, (96, 120), .10, -1, (.3, .5, .2), "shops", (120, 96, 78), (92, 84, 78), .58),
-    Camera("crossing", 1.15, (.96, 1., 1.06), .85, .95, .08, 3., .5, (92, 116), .2, 1, (.25, .25, .5), "crossing", (150, 158, 166), (98, 100, 106), .35),
-    Camera("park", .9, (.95, 1.08, .9), 1.1, 1.05, .02, 4., .55, (96, 124), .08, -1, (.4, .4, .2), "hedge", (66, 104, 58), (134, 124, 98), .6),
-    Camera("station", .74, (.88, .97, 1.18), .75, 1.15, .05, 7., .8, (88, 108), .15, 1, (.2, .6, .2), "bricks", (112, 110, 122), (80, 82, 90), .5),
-    Camera("roof", 1.0, (1.03, 1.02, .93), .7, .85, .16, 3., .9, (88, 104), .27, -1, (.35, .35, .3), "wall", (140, 140, 136), (150, 146, 138), .3),
-    Camera("court", .95, (1.06, .97, 1.0), 1.15, 1.15, 0., 4., .4, (104, 132), .04, -1, (.3, .2, .5), "bricks", (150, 92, 72), (118, 108, 104), .62),
-    Camera("market", .82, (1.05, 1.04, .86), 1., .95, .05, 5., .65, (92, 120), .12, 1, (.45, .25, .3), "blocks", (146, 132, 110), (112, 104, 98), .55))
+    Camera(
+        "gate",
+        1.05,
+        (1.02, 1.0, 0.97),
+        0.95,
+        1.05,
+        0.0,
+        4.0,
+        0.45,
+        (104, 132),
+        0.05,
+        1,
+        (0.7, 0.1, 0.2),
+        "wall",
+        (168, 160, 146),
+        (128, 126, 122),
+        0.55,
+    ),
+    Camera(
+        "arcade",
+        0.72,
+        (1.12, 0.98, 0.80),
+        0.9,
+        1.1,
+        0.03,
+        6.0,
+        0.6,
+        (96, 120),
+        0.10,
+        -1,
+        (0.3, 0.5, 0.2),
+        "shops",
+        (120, 96, 78),
+        (92, 84, 78),
+        0.58,
+    ),
+    Camera(
+        "crossing",
+        1.15,
+        (0.96, 1.0, 1.06),
+        0.85,
+        0.95,
+        0.08,
+        3.0,
+        0.5,
+        (92, 116),
+        0.2,
+        1,
+        (0.25, 0.25, 0.5),
+        "crossing",
+        (150, 158, 166),
+        (98, 100, 106),
+        0.35,
+    ),
+    Camera(
+        "park",
+        0.9,
+        (0.95, 1.08, 0.9),
+        1.1,
+        1.05,
+        0.02,
+        4.0,
+        0.55,
+        (96, 124),
+        0.08,
+        -1,
+        (0.4, 0.4, 0.2),
+        "hedge",
+        (66, 104, 58),
+        (134, 124, 98),
+        0.6,
+    ),
+    Camera(
+        "station",
+        0.74,
+        (0.88, 0.97, 1.18),
+        0.75,
+        1.15,
+        0.05,
+        7.0,
+        0.8,
+        (88, 108),
+        0.15,
+        1,
+        (0.2, 0.6, 0.2),
+        "bricks",
+        (112, 110, 122),
+        (80, 82, 90),
+        0.5,
+    ),
+    Camera(
+        "roof",
+        1.0,
+        (1.03, 1.02, 0.93),
+        0.7,
+        0.85,
+        0.16,
+        3.0,
+        0.9,
+        (88, 104),
+        0.27,
+        -1,
+        (0.35, 0.35, 0.3),
+        "wall",
+        (140, 140, 136),
+        (150, 146, 138),
+        0.3,
+    ),
+    Camera(
+        "court",
+        0.95,
+        (1.06, 0.97, 1.0),
+        1.15,
+        1.15,
+        0.0,
+        4.0,
+        0.4,
+        (104, 132),
+        0.04,
+        -1,
+        (0.3, 0.2, 0.5),
+        "bricks",
+        (150, 92, 72),
+        (118, 108, 104),
+        0.62,
+    ),
+    Camera(
+        "market",
+        0.82,
+        (1.05, 1.04, 0.86),
+        1.0,
+        0.95,
+        0.05,
+        5.0,
+        0.65,
+        (92, 120),
+        0.12,
+        1,
+        (0.45, 0.25, 0.3),
+        "blocks",
+        (146, 132, 110),
+        (112, 104, 98),
+        0.55,
+    ),
+)
+
 
 def studio_camera(
-    i:int, # 0, 1, 2, ...
-) -> Camera: # the same for the same i
+    i: int,  # 0, 1, 2, ...
+) -> Camera:  # the same for the same i
     "A camera of the studio, all of it drawn from its number (ours)."
-    rng = keyed_rng(60, i); u = lambda a, b: round(float(rng.uniform(a, b)), 3)
-    rgb = lambda a, b: tuple(int(c) for c in rng.integers(a, b, 3))
-    return Camera(f"studio-{i}", u(.6, 1.3), (u(.8, 1.2), u(.88, 1.1), u(.8, 1.2)), u(.5, 1.25), u(.75, 1.25), u(0, .15), u(1, 7), u(.2, .9), (90, 130), u(-.05, .2),
-                  int(rng.choice([-1, 1])), (.45, .25, .3), ("plain", "plain", "wall", "blocks", "hedge", "bricks")[int(rng.integers(6))], rgb(60, 250), rgb(60, 250), u(.4, .9))
+    rng = keyed_rng(60, i)
+
+    def u(a, b):
+        return round(float(rng.uniform(a, b)), 3)
+
+    def rgb(a, b):
+        return tuple(int(c) for c in rng.integers(a, b, 3))
+
+    return Camera(
+        f"studio-{i}",
+        u(0.6, 1.3),
+        (u(0.8, 1.2), u(0.88, 1.1), u(0.8, 1.2)),
+        u(0.5, 1.25),
+        u(0.75, 1.25),
+        u(0, 0.15),
+        u(1, 7),
+        u(0.2, 0.9),
+        (90, 130),
+        u(-0.05, 0.2),
+        int(rng.choice([-1, 1])),
+        (0.45, 0.25, 0.3),
+        ("plain", "plain", "wall", "blocks", "hedge", "bricks")[int(rng.integers(6))],
+        rgb(60, 250),
+        rgb(60, 250),
+        u(0.4, 0.9),
+    )

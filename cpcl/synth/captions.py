@@ -16,38 +16,79 @@ import numpy as np
 from .people import Look, Person, Shot, worn
 
 # %% ../../nbs/synth/02_captions.ipynb #a480d68d
-SLOTS = ("hair", "upper", "lower", "shoes", "bag", "hat", "glasses", "scarf", "belt", "held", "build", "skin", "pose")
+SLOTS = (
+    "hair",
+    "upper",
+    "lower",
+    "shoes",
+    "bag",
+    "hat",
+    "glasses",
+    "scarf",
+    "belt",
+    "held",
+    "build",
+    "skin",
+    "pose",
+)
+
 
 def visible(
-    p:Person, # who
-    s:Shot, # the moment
-) -> dict: # slot -> visibility above 0, up to 1
+    p: Person,  # who
+    s: Shot,  # the moment
+) -> dict:  # slot -> visibility above 0, up to 1
     "How well each fact shows in one image (ours)."
-    front, back, side = (s.view == v for v in ("front", "back", "side")); part = .85 if s.cover == "side" else 1.
-    v = dict(hair=.55 if p.hat else 1., upper=1., lower=float(bool(p.lower)), shoes=1., pose=1., build=float(p.build != "medium"), skin=1.,
-             hat=float(bool(p.hat)), glasses=bool(p.glasses) * (1. if front else .55 if side else 0.), scarf=bool(p.scarf) * (.5 if back else 1.),
-             belt=bool(p.belt) * (.35 if side else .8), held=bool(s.held) * (0. if back else 1.))
-    v["bag"] = 0. if not p.bag else .3 if p.bag == "backpack" and front else .9
-    reach = {"lower": .62, "shoes": .97, "bag": {"backpack": .3, "suitcase": .85}.get(p.bag, .5), "belt": .53, "held": .45}
-    return {k: x * (part if k != "pose" else 1) for k, x in v.items() if x and s.sees(reach.get(k, .2))}
+    front, back, side = (s.view == v for v in ("front", "back", "side"))
+    part = 0.85 if s.cover == "side" else 1.0
+    v = dict(
+        hair=0.55 if p.hat else 1.0,
+        upper=1.0,
+        lower=float(bool(p.lower)),
+        shoes=1.0,
+        pose=1.0,
+        build=float(p.build != "medium"),
+        skin=1.0,
+        hat=float(bool(p.hat)),
+        glasses=bool(p.glasses) * (1.0 if front else 0.55 if side else 0.0),
+        scarf=bool(p.scarf) * (0.5 if back else 1.0),
+        belt=bool(p.belt) * (0.35 if side else 0.8),
+        held=bool(s.held) * (0.0 if back else 1.0),
+    )
+    v["bag"] = 0.0 if not p.bag else 0.3 if p.bag == "backpack" and front else 0.9
+    reach = {
+        "lower": 0.62,
+        "shoes": 0.97,
+        "bag": {"backpack": 0.3, "suitcase": 0.85}.get(p.bag, 0.5),
+        "belt": 0.53,
+        "held": 0.45,
+    }
+    return {k: x * (part if k != "pose" else 1) for k, x in v.items() if x and s.sees(reach.get(k, 0.2))}
 
 # %% ../../nbs/synth/02_captions.ipynb #183bdc34
 def called(
-    names, # true colour names, k of them
-    rgb, # `[k, 3]` what the cloth is
-    seen, # `[k, 3]` what the camera made of it
-    look:Look, # whose palette
-    rng:np.random.Generator, # consumed
-) -> list: # k names
+    names,  # true colour names, k of them
+    rgb,  # `[k, 3]` what the cloth is
+    seen,  # `[k, 3]` what the camera made of it
+    look: Look,  # whose palette
+    rng: np.random.Generator,  # consumed
+) -> list:  # k names
     "The name an annotator gives each colour (ours)."
-    centres = np.array(list(look.palette.values()), np.float32); words = list(look.palette)
-    judged = .5 * np.asarray(rgb, np.float32) + .5 * np.clip(seen, 0, 255) + rng.normal(0, 5, (len(names), 3))
+    centres = np.array(list(look.palette.values()), np.float32)
+    words = list(look.palette)
+    judged = (
+        0.5 * np.asarray(rgb, np.float32) + 0.5 * np.clip(seen, 0, 255) + rng.normal(0, 5, (len(names), 3))
+    )
     near = (((judged[:, None] - centres) ** 2) * (2, 4, 3)).sum(-1).argmin(1)
     swap = rng.random(len(names)) < 2 / 3
     return [words[n] if yes and name in look.palette else name for name, n, yes in zip(names, near, swap)]
 
 # %% ../../nbs/synth/02_captions.ipynb #ee38c6fa
-_W = lambda text: {k.strip(): tuple(w.strip() for w in v.split(",")) for k, v in (line.split(":") for line in text.strip().splitlines())}
+def _W(text):
+    return {
+        k.strip(): tuple(w.strip() for w in v.split(","))
+        for k, v in (line.split(":") for line in text.strip().splitlines())
+    }
+
 
 _BASE = _W("""shirt: shirt, button up shirt, long sleeved shirt
 sweater: sweater, pullover, jumper
@@ -131,24 +172,39 @@ beige: beige, sand
 blond: blond, golden""")
 
 # %% ../../nbs/synth/02_captions.ipynb #3f5bb1ea
-_SECTION, _EITHER, _SLOT = re.compile(r"\[([^\[\]]*)\]"), re.compile(r"<([^<>]*)>"), re.compile(r"\{([a-z+]+)(?::([ncv]))?\}")
+_SECTION, _EITHER, _SLOT = (
+    re.compile(r"\[([^\[\]]*)\]"),
+    re.compile(r"<([^<>]*)>"),
+    re.compile(r"\{([a-z+]+)(?::([ncv]))?\}"),
+)
 
-def listed(items) -> str: # "a, b and c"
+
+def listed(items) -> str:  # "a, b and c"
     "Join as a list in English (ours)."
     items = list(items)
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1] if items else ""
 
+
 def fill(
-    template:str, # the three rules
-    facts:dict, # slot -> words, or (phrase, noun, colour, verb)
-    rng:np.random.Generator, # consumed by <a|b>
-) -> str: # plain text, capital letters after full stops
+    template: str,  # the three rules
+    facts: dict,  # slot -> words, or (phrase, noun, colour, verb)
+    rng: np.random.Generator,  # consumed by <a|b>
+) -> str:  # plain text, capital letters after full stops
     "Write out a template with the facts at hand (ours)."
-    get = lambda k, form: facts[k] if isinstance(facts[k], str) else facts[k][" ncv".index(form or " ")]
+
+    def get(k, form):
+        return facts[k] if isinstance(facts[k], str) else facts[k][" ncv".index(form or " ")]
+
     def _keep(m):
         names = [n for found in _SLOT.findall(m[1]) for n in found[0].split("+")]
-        return m[1] if not [n for n in names if n in SLOTS] or any(n in facts for n in names if n in SLOTS) else ""
-    while _SECTION.search(template): template = _SECTION.sub(_keep, template)
+        return (
+            m[1]
+            if not [n for n in names if n in SLOTS] or any(n in facts for n in names if n in SLOTS)
+            else ""
+        )
+
+    while _SECTION.search(template):
+        template = _SECTION.sub(_keep, template)
     text = _EITHER.sub(lambda m: (o := m[1].split("|"))[int(rng.random() * len(o))], template)
     text = _SLOT.sub(lambda m: listed(get(k, m[2]) for k in m[1].split("+") if k in facts), text)
     text = re.sub(r"\b([aA]) (?=[aeiou])", r"\1n ", re.sub(r"\s+", " ", text)).strip()
@@ -158,122 +214,357 @@ def fill(
 @dataclass(frozen=True, eq=False)
 class Annotator:
     "One writer: grammar, habits, manners (ours)."
-    name:str
-    template:str            # in the language of `fill`
-    keep:float=.8           # chance to mention a fact that is well visible
-    habits:dict=field(default_factory=dict) # slot -> its own chance
-    bare:bool=False         # leaves out articles
-    small:bool=False        # no capitals, no full stop at the end
-    after:bool=False        # "a shirt with white stripes" rather than "a white striped shirt"
-    wrong:float=.025        # chance that a mentioned fact is mistaken
 
-_RARE = {"build": .15, "skin": .05, "belt": .5, "pose": .5, "held": .6}
+    name: str
+    template: str  # in the language of `fill`
+    keep: float = 0.8  # chance to mention a fact that is well visible
+    habits: dict = field(default_factory=dict)  # slot -> its own chance
+    bare: bool = False  # leaves out articles
+    small: bool = False  # no capitals, no full stop at the end
+    after: bool = False  # "a shirt with white stripes" rather than "a white striped shirt"
+    wrong: float = 0.025  # chance that a mentioned fact is mistaken
+
+
+_RARE = {"build": 0.15, "skin": 0.05, "belt": 0.5, "pose": 0.5, "held": 0.6}
 STREET_ANNOTATORS = (
-    Annotator("plain", "a {who}[ with {hair}] <is wearing|wears> {upper+lower+shoes}.[ {he} <is carrying|carries> {bag}.][ {he} also <has|wears> {glasses+hat+scarf+belt}.][ {he} is holding {held}.]"),
-    Annotator("short sentences", "the {who} is {pose}. [{he} has {hair}. ][{he} <wears|has on> {upper}. ][{he} <wears|has> {lower}. ][{his} {shoes:n} {shoes:v} {shoes:c}. ][{he} has {bag+glasses+hat+scarf}. ][{he} holds {held}.]", .85, {"pose": 1}),
-    Annotator("garments first", "{upper+lower+shoes} <are worn by|make up the outfit of> this {who}[, who has {hair}].[ The {who} <has|carries> {bag}.][ {he} also <has|wears> {hat+glasses+scarf}.]", .75, {"pose": 0}, after=True),
-    Annotator("notes", "{who} <in|wearing> {upper+lower+shoes}[, {hair+glasses+hat+scarf+belt}][, carrying {bag+held}][, {pose}]", .7, bare=True, small=True),
-    Annotator("story", "a {who} {pose}[ in {upper+lower}][, with {hair}].[ On {his} feet {he} has {shoes}.][ {he} has brought {bag} along.][ One can also make out {hat+glasses+scarf+belt}.][ {he} seems to be busy with {held}.]", .75, {"pose": 1}),
-    Annotator("careful", "in this picture <we can see|there is> a {who}, {pose}[, who appears to have {hair}]. {he} is dressed in what <looks|seems> to be {upper}[, together with {lower}][, and on the feet there {shoes:v} {shoes}].[ {he} has {bag} with {him}.][ Further <details are|one notices> {glasses+hat+scarf+belt+held}.]", .93, {"pose": 1, "build": .4}, after=True, wrong=.015),
-    Annotator("colours", "{his} {upper:n} is {upper:c}[ and {his} {lower:n} {lower:v} {lower:c}].[ {his} {shoes:n} {shoes:v} {shoes:c}.] The {who}[ has {hair} and] is {pose}.[ {his} {bag:n} is {bag:c}.][ {he} wears {glasses+hat+scarf}.]", .8, {"pose": 1}, wrong=.04),
-    Annotator("from the feet up", "wearing {shoes+lower+upper}, this {who}[ has {hair} and] is {pose}.[ With {him} is {bag}.][ {he} has {hat+scarf+glasses} on.]", .75, {"pose": 1}, small=True, wrong=.04))
+    Annotator(
+        "plain",
+        "a {who}[ with {hair}] <is wearing|wears> {upper+lower+shoes}.[ {he} <is carrying|carries> {bag}.][ {he} also <has|wears> {glasses+hat+scarf+belt}.][ {he} is holding {held}.]",
+    ),
+    Annotator(
+        "short sentences",
+        "the {who} is {pose}. [{he} has {hair}. ][{he} <wears|has on> {upper}. ][{he} <wears|has> {lower}. ][{his} {shoes:n} {shoes:v} {shoes:c}. ][{he} has {bag+glasses+hat+scarf}. ][{he} holds {held}.]",
+        0.85,
+        {"pose": 1},
+    ),
+    Annotator(
+        "garments first",
+        "{upper+lower+shoes} <are worn by|make up the outfit of> this {who}[, who has {hair}].[ The {who} <has|carries> {bag}.][ {he} also <has|wears> {hat+glasses+scarf}.]",
+        0.75,
+        {"pose": 0},
+        after=True,
+    ),
+    Annotator(
+        "notes",
+        "{who} <in|wearing> {upper+lower+shoes}[, {hair+glasses+hat+scarf+belt}][, carrying {bag+held}][, {pose}]",
+        0.7,
+        bare=True,
+        small=True,
+    ),
+    Annotator(
+        "story",
+        "a {who} {pose}[ in {upper+lower}][, with {hair}].[ On {his} feet {he} has {shoes}.][ {he} has brought {bag} along.][ One can also make out {hat+glasses+scarf+belt}.][ {he} seems to be busy with {held}.]",
+        0.75,
+        {"pose": 1},
+    ),
+    Annotator(
+        "careful",
+        "in this picture <we can see|there is> a {who}, {pose}[, who appears to have {hair}]. {he} is dressed in what <looks|seems> to be {upper}[, together with {lower}][, and on the feet there {shoes:v} {shoes}].[ {he} has {bag} with {him}.][ Further <details are|one notices> {glasses+hat+scarf+belt+held}.]",
+        0.93,
+        {"pose": 1, "build": 0.4},
+        after=True,
+        wrong=0.015,
+    ),
+    Annotator(
+        "colours",
+        "{his} {upper:n} is {upper:c}[ and {his} {lower:n} {lower:v} {lower:c}].[ {his} {shoes:n} {shoes:v} {shoes:c}.] The {who}[ has {hair} and] is {pose}.[ {his} {bag:n} is {bag:c}.][ {he} wears {glasses+hat+scarf}.]",
+        0.8,
+        {"pose": 1},
+        wrong=0.04,
+    ),
+    Annotator(
+        "from the feet up",
+        "wearing {shoes+lower+upper}, this {who}[ has {hair} and] is {pose}.[ With {him} is {bag}.][ {he} has {hat+scarf+glasses} on.]",
+        0.75,
+        {"pose": 1},
+        small=True,
+        wrong=0.04,
+    ),
+)
 STUDIO_ANNOTATORS = (
-    Annotator("photo", "a photo of a {who} in {upper+lower+shoes}[, with {hair+bag}][ and {glasses+hat+scarf}]", .8, small=True),
-    Annotator("model", "{who} model <posing in|showing> {upper+lower}[ and {shoes}][, {hair}][, {bag+hat+glasses+scarf+belt}], {pose}, <isolated|full length>", .8, {"pose": 1}, bare=True, small=True),
-    Annotator("fashion", "<street|summer|autumn> style: {upper+lower+shoes}.[ The look is finished with {bag+hat+glasses+scarf+belt}.] Worn by a {who}[ with {hair}].", .85, after=True),
-    Annotator("stock", "full length <picture|portrait> of a <young|happy|casual> {who}[ with {hair}] {pose}[, dressed in {upper+lower+shoes}][, carrying {bag}][, wearing {hat+glasses+scarf}]", .8, {"pose": 1}, small=True),
-    Annotator("catalogue", "{upper+lower+shoes+bag+hat+scarf+glasses+belt}, <on|shown by> a {who} model[ who has {hair}]", .9, bare=True),
-    Annotator("blog", "here is a {who} {pose}.[ I love {his} {upper:c} {upper:n}!][ The {lower:n} {lower:v} {lower:c}][ and the {shoes:n} {shoes:v} {shoes:c}]. [Look at {his} {hair}. ][{he} also got {bag+hat+scarf+glasses}.]", .8, {"pose": 1}),
-    Annotator("alt text", "image: {who}[, {hair}][, {glasses+hat+scarf}][, {upper+lower+shoes}][, {bag}][, {held}], {pose}", .9, {"pose": 1}, bare=True, after=True),
-    Annotator("people", "a <cool|smiling|stylish> {who} who is {pose} and wearing {upper+lower}[, plus {shoes}].[ {he} has {hair+bag}.][ {he} likes {hat+glasses+scarf}.]", .75, {"pose": 1}))
+    Annotator(
+        "photo",
+        "a photo of a {who} in {upper+lower+shoes}[, with {hair+bag}][ and {glasses+hat+scarf}]",
+        0.8,
+        small=True,
+    ),
+    Annotator(
+        "model",
+        "{who} model <posing in|showing> {upper+lower}[ and {shoes}][, {hair}][, {bag+hat+glasses+scarf+belt}], {pose}, <isolated|full length>",
+        0.8,
+        {"pose": 1},
+        bare=True,
+        small=True,
+    ),
+    Annotator(
+        "fashion",
+        "<street|summer|autumn> style: {upper+lower+shoes}.[ The look is finished with {bag+hat+glasses+scarf+belt}.] Worn by a {who}[ with {hair}].",
+        0.85,
+        after=True,
+    ),
+    Annotator(
+        "stock",
+        "full length <picture|portrait> of a <young|happy|casual> {who}[ with {hair}] {pose}[, dressed in {upper+lower+shoes}][, carrying {bag}][, wearing {hat+glasses+scarf}]",
+        0.8,
+        {"pose": 1},
+        small=True,
+    ),
+    Annotator(
+        "catalogue",
+        "{upper+lower+shoes+bag+hat+scarf+glasses+belt}, <on|shown by> a {who} model[ who has {hair}]",
+        0.9,
+        bare=True,
+    ),
+    Annotator(
+        "blog",
+        "here is a {who} {pose}.[ I love {his} {upper:c} {upper:n}!][ The {lower:n} {lower:v} {lower:c}][ and the {shoes:n} {shoes:v} {shoes:c}]. [Look at {his} {hair}. ][{he} also got {bag+hat+scarf+glasses}.]",
+        0.8,
+        {"pose": 1},
+    ),
+    Annotator(
+        "alt text",
+        "image: {who}[, {hair}][, {glasses+hat+scarf}][, {upper+lower+shoes}][, {bag}][, {held}], {pose}",
+        0.9,
+        {"pose": 1},
+        bare=True,
+        after=True,
+    ),
+    Annotator(
+        "people",
+        "a <cool|smiling|stylish> {who} who is {pose} and wearing {upper+lower}[, plus {shoes}].[ {he} has {hair+bag}.][ {he} likes {hat+glasses+scarf}.]",
+        0.75,
+        {"pose": 1},
+    ),
+)
 
 # %% ../../nbs/synth/02_captions.ipynb #546d9b2e
-_NEAR = {"t-shirt": "shirt", "shirt": "t-shirt", "sweater": "hoodie", "hoodie": "jacket", "jacket": "coat", "coat": "jacket", "trousers": "jeans", "jeans": "trousers", "skirt": "shorts", "shorts": "skirt",
-         "sneakers": "shoes", "shoes": "sneakers", "boots": "shoes", "backpack": "shoulder bag", "handbag": "shoulder bag", "shoulder bag": "handbag", "cap": "beanie", "male": "female", "female": "male"}
-_HAIR = {"short": "short {} hair", "medium": "{} shoulder length hair", "long": "long {} hair", "ponytail": "{} hair in a ponytail", "bun": "{} hair tied in a bun"}
+_NEAR = {
+    "t-shirt": "shirt",
+    "shirt": "t-shirt",
+    "sweater": "hoodie",
+    "hoodie": "jacket",
+    "jacket": "coat",
+    "coat": "jacket",
+    "trousers": "jeans",
+    "jeans": "trousers",
+    "skirt": "shorts",
+    "shorts": "skirt",
+    "sneakers": "shoes",
+    "shoes": "sneakers",
+    "boots": "shoes",
+    "backpack": "shoulder bag",
+    "handbag": "shoulder bag",
+    "shoulder bag": "handbag",
+    "cap": "beanie",
+    "male": "female",
+    "female": "male",
+}
+_HAIR = {
+    "short": "short {} hair",
+    "medium": "{} shoulder length hair",
+    "long": "long {} hair",
+    "ponytail": "{} hair in a ponytail",
+    "bun": "{} hair tied in a bun",
+}
+
 
 class Writer:
     "One annotator before one picture: chooses words, slips, builds noun phrases (ours)."
-    def __init__(self,
-        annotator:Annotator, # who writes
-        words:dict, # thing -> its words
-        colours:dict, # part -> the name its colour was given
-        look:Look, # whose palette
-        rng:np.random.Generator, # consumed
-    ): self.a, self.words, self.colours, self.rng, self.palette = annotator, words, colours, rng, list(look.palette)
+
+    def __init__(
+        self,
+        annotator: Annotator,  # who writes
+        words: dict,  # thing -> its words
+        colours: dict,  # part -> the name its colour was given
+        look: Look,  # whose palette
+        rng: np.random.Generator,  # consumed
+    ):
+        self.a, self.words, self.colours, self.rng, self.palette = (
+            annotator,
+            words,
+            colours,
+            rng,
+            list(look.palette),
+        )
+
     def slips(self) -> bool:
         "Is this fact mistaken? (ours)."
         return self.rng.random() < self.a.wrong
-    def word(self, thing:str) -> str:
+
+    def word(self, thing: str) -> str:
         "The favourite word three times in four (ours)."
-        options = self.words.get(thing, (thing,)); n = len(options)
-        return options[crc32(f"{self.a.name} {thing}".encode()) % n if self.rng.random() < .75 else int(self.rng.random() * n)]
-    def colour(self, part:str) -> str:
+        options = self.words.get(thing, (thing,))
+        n = len(options)
+        return options[
+            crc32(f"{self.a.name} {thing}".encode()) % n
+            if self.rng.random() < 0.75
+            else int(self.rng.random() * n)
+        ]
+
+    def colour(self, part: str) -> str:
         "The colour's word, rarely a wrong one (ours)."
-        return self.word(self.palette[int(self.rng.random() * len(self.palette))] if self.slips() else self.colours[part])
-    def thing(self, name:str) -> str:
+        return self.word(
+            self.palette[int(self.rng.random() * len(self.palette))] if self.slips() else self.colours[part]
+        )
+
+    def thing(self, name: str) -> str:
         "The garment's word, rarely its neighbour's (ours)."
         return self.word(_NEAR.get(name, name) if self.slips() else name)
-    def phrase(self, name:str, part:str, extra:str="") -> tuple:
+
+    def phrase(self, name: str, part: str, extra: str = "") -> tuple:
         "(phrase, noun, colour, verb) of a garment (ours)."
-        noun, colour = self.thing(name), self.colour(part); plural = noun.endswith("s") and not noun.endswith(("dress", "singlets"))
-        return (("" if plural or self.a.bare else "a ") + f"{colour} {noun}{extra}", noun, colour, "are" if plural else "is")
+        noun, colour = self.thing(name), self.colour(part)
+        plural = noun.endswith("s") and not noun.endswith(("dress", "singlets"))
+        return (
+            ("" if plural or self.a.bare else "a ") + f"{colour} {noun}{extra}",
+            noun,
+            colour,
+            "are" if plural else "is",
+        )
 
 # %% ../../nbs/synth/02_captions.ipynb #41825c0e
-_MARK = {"striped": ("striped", "stripes"), "pinstriped": ("pinstriped", "thin stripes"), "checked": ("checked", "checks"), "dotted": ("dotted", "dots"),
-         "block": ("two tone", "a {} lower half"), "raglan": ("{} sleeved", "sleeves"), "logo": ("printed", "a {} print")}
+_MARK = {
+    "striped": ("striped", "stripes"),
+    "pinstriped": ("pinstriped", "thin stripes"),
+    "checked": ("checked", "checks"),
+    "dotted": ("dotted", "dots"),
+    "block": ("two tone", "a {} lower half"),
+    "raglan": ("{} sleeved", "sleeves"),
+    "logo": ("printed", "a {} print"),
+}
+
 
 def _upper(w, p, s):
     pattern = p.pattern if p.pattern != "logo" or s.view == "front" else "plain"
-    noun, name = w.thing(p.upper), w.colour("upper"); article = "" if w.a.bare else "a "
-    if pattern == "plain" or w.rng.random() < .15: text = f"{name} {noun}"; look = name
+    noun, name = w.thing(p.upper), w.colour("upper")
+    article = "" if w.a.bare else "a "
+    if pattern == "plain" or w.rng.random() < 0.15:
+        text = f"{name} {noun}"
+        look = name
     else:
-        mark, two = _MARK[pattern], w.colour("pattern"); after = w.a.after or pattern in ("logo", "block") or w.rng.random() < .2
+        mark, two = _MARK[pattern], w.colour("pattern")
+        after = w.a.after or pattern in ("logo", "block") or w.rng.random() < 0.2
         tail = f"with {mark[1].format(two)}" if "{}" in mark[1] else f"with {two} {mark[1]}"
-        text, look = (f"{name} {noun} {tail}", f"{name} {tail}") if after else ((f"{name} {noun} {tail}" if pattern == "raglan" else f"{name} and {two} {mark[0]} {noun}"), f"{name} and {two}")
-    if p.inner_colour and s.view != "back" and w.rng.random() < (.7 if s.view == "front" else .3): text += f" over {article}{w.colour('inner')} <top|shirt>"
+        text, look = (
+            (f"{name} {noun} {tail}", f"{name} {tail}")
+            if after
+            else (
+                (f"{name} {noun} {tail}" if pattern == "raglan" else f"{name} and {two} {mark[0]} {noun}"),
+                f"{name} and {two}",
+            )
+        )
+    if p.inner_colour and s.view != "back" and w.rng.random() < (0.7 if s.view == "front" else 0.3):
+        text += f" over {article}{w.colour('inner')} <top|shirt>"
     return article + text, noun, look, "is"
 
+
 def _lower(w, p):
-    extra = "" if p.lower_pattern == "plain" or w.rng.random() < .3 else {"striped": " with side stripes", "checked": " with checks"}[p.lower_pattern]
+    extra = (
+        ""
+        if p.lower_pattern == "plain" or w.rng.random() < 0.3
+        else {"striped": " with side stripes", "checked": " with checks"}[p.lower_pattern]
+    )
     return w.phrase(p.lower, "lower", extra)
 
+
 def _pose(w, s):
-    turn = {"front": "facing the camera|coming towards the camera|seen from the front", "back": "seen from behind|going away from the camera|with the back to the camera",
-            "side": ("to the right" if s.flip > 0 else "to the left")}[s.view]
-    if s.view != "side": options = turn.split("|"); return options[int(w.rng.random() * len(options))]
-    return ("walking " if s.stride > .35 else "standing turned ") + turn
+    turn = {
+        "front": "facing the camera|coming towards the camera|seen from the front",
+        "back": "seen from behind|going away from the camera|with the back to the camera",
+        "side": ("to the right" if s.flip > 0 else "to the left"),
+    }[s.view]
+    if s.view != "side":
+        options = turn.split("|")
+        return options[int(w.rng.random() * len(options))]
+    return ("walking " if s.stride > 0.35 else "standing turned ") + turn
 
 # %% ../../nbs/synth/02_captions.ipynb #be70e430
 def _facts(w, p, s, keep):
     sex = ("female" if p.sex == "male" else "male") if w.slips() and w.slips() else p.sex
-    unsure = w.rng.random() < (.16 if s.view == "back" else .06); noun = w.word("person" if unsure else sex)
-    pre = " ".join(([w.word(p.build)] if "build" in keep else []) + ([w.word(p.skin)] if "skin" in keep else []))
-    he, his, him = ("the person", "the person's", "them") if unsure else ("he", "his", "him") if sex == "male" else ("she", "her", "her")
+    unsure = w.rng.random() < (0.16 if s.view == "back" else 0.06)
+    noun = w.word("person" if unsure else sex)
+    pre = " ".join(
+        ([w.word(p.build)] if "build" in keep else []) + ([w.word(p.skin)] if "skin" in keep else [])
+    )
+    he, his, him = (
+        ("the person", "the person's", "them")
+        if unsure
+        else ("he", "his", "him")
+        if sex == "male"
+        else ("she", "her", "her")
+    )
     out = dict(who=f"{pre} {noun}".strip(), he=he, his=his, him=him)
-    make = dict(upper=lambda: _upper(w, p, s), lower=lambda: _lower(w, p), shoes=lambda: w.phrase(p.shoes, "shoes"), bag=lambda: w.phrase(p.bag, "bag"), hat=lambda: w.phrase(p.hat, "hat"), scarf=lambda: w.phrase("scarf", "scarf"),
-                belt=lambda: w.phrase("belt", "belt"), glasses=lambda: w.word(p.glasses), held=lambda: w.word(s.held), pose=lambda: _pose(w, s),
-                hair=lambda: ("bald head" if w.a.bare else "a bald head") if p.hair == "bald" else _HAIR[p.hair].format(w.word(p.hair_colour)))
+    make = dict(
+        upper=lambda: _upper(w, p, s),
+        lower=lambda: _lower(w, p),
+        shoes=lambda: w.phrase(p.shoes, "shoes"),
+        bag=lambda: w.phrase(p.bag, "bag"),
+        hat=lambda: w.phrase(p.hat, "hat"),
+        scarf=lambda: w.phrase("scarf", "scarf"),
+        belt=lambda: w.phrase("belt", "belt"),
+        glasses=lambda: w.word(p.glasses),
+        held=lambda: w.word(s.held),
+        pose=lambda: _pose(w, s),
+        hair=lambda: (
+            ("bald head" if w.a.bare else "a bald head")
+            if p.hair == "bald"
+            else _HAIR[p.hair].format(w.word(p.hair_colour))
+        ),
+    )
     return out | {k: make[k]() for k in SLOTS if k in keep and k in make}
 
+
 def caption(
-    p:Person, # who
-    s:Shot, # the moment
-    colour, # (rgb, light) -> rgb, what the camera makes of colours
-    look:Look, # the palette
-    words:dict, # thing -> its words
-    annotator:Annotator, # who writes
-    rng:np.random.Generator, # consumed
-) -> str: # 13 words or more
+    p: Person,  # who
+    s: Shot,  # the moment
+    colour,  # (rgb, light) -> rgb, what the camera makes of colours
+    look: Look,  # the palette
+    words: dict,  # thing -> its words
+    annotator: Annotator,  # who writes
+    rng: np.random.Generator,  # consumed
+) -> str:  # 13 words or more
     "What one annotator writes about one image (ours)."
-    parts = {k: v for k, v in worn(p, look).items() if k not in ("skin", "hair")}; rgb = np.array(list(parts.values()), np.float32)
-    true = dict(upper=p.upper_colour, lower=p.lower_colour, pattern=p.pattern_colour, inner=p.inner_colour, shoes=p.shoes_colour, bag=p.bag_colour, hat=p.hat_colour, scarf=p.scarf, belt=p.belt)
-    w = Writer(annotator, words, dict(zip(parts, called([true[k] for k in parts], rgb, colour(rgb, s.light), look, rng))), look, rng)
-    v = visible(p, s); usual = lambda k: annotator.habits.get(k, _RARE.get(k, annotator.keep))
-    for extra in (0., .5, 9.):
-        keep = {k for k, x in v.items() if k == "upper" or rng.random() < x * min(1, usual(k) + (extra if k not in ("skin", "build") else 0))}
+    parts = {k: v for k, v in worn(p, look).items() if k not in ("skin", "hair")}
+    rgb = np.array(list(parts.values()), np.float32)
+    true = dict(
+        upper=p.upper_colour,
+        lower=p.lower_colour,
+        pattern=p.pattern_colour,
+        inner=p.inner_colour,
+        shoes=p.shoes_colour,
+        bag=p.bag_colour,
+        hat=p.hat_colour,
+        scarf=p.scarf,
+        belt=p.belt,
+    )
+    w = Writer(
+        annotator,
+        words,
+        dict(zip(parts, called([true[k] for k in parts], rgb, colour(rgb, s.light), look, rng))),
+        look,
+        rng,
+    )
+    v = visible(p, s)
+
+    def usual(k):
+        return annotator.habits.get(k, _RARE.get(k, annotator.keep))
+
+    for extra in (0.0, 0.5, 9.0):
+        keep = {
+            k
+            for k, x in v.items()
+            if k == "upper"
+            or rng.random() < x * min(1, usual(k) + (extra if k not in ("skin", "build") else 0))
+        }
         text = fill(annotator.template, _facts(w, p, s, keep), rng)
         text = _EITHER.sub(lambda m: m[1].split("|")[0], text)
-        if len(text.split()) >= 13: break
-    else: text = text.rstrip(".") + " in a picture taken " + ("from behind" if s.view == "back" else "outdoors on a street") + "."
+        if len(text.split()) >= 13:
+            break
+    else:
+        text = (
+            text.rstrip(".")
+            + " in a picture taken "
+            + ("from behind" if s.view == "back" else "outdoors on a street")
+            + "."
+        )
     return text.lower().rstrip(".") if annotator.small else text if text.endswith((".", "!")) else text + "."

@@ -24,140 +24,226 @@ from .town import TOWN, TOWN_ANNOTATORS, TOWN_CAMERAS, TOWN_WORDS
 @dataclass(frozen=True, eq=False)
 class Style:
     "A domain: palette and drawing, cameras, annotators and their words (ours)."
-    name:str
-    look:Look         # palette, frequencies, drawing
-    cameras:tuple     # of Camera, six or more
-    annotators:tuple  # of Annotator, six or more
-    words:dict        # thing -> synonyms
-    through:bool=True # annotators name colours as the camera shows them; False: as the cloth is
-    twins:int=6       # one person in so many is the look-alike of the one before, 2 or more
 
-STYLES = {"street": Style("street", STREET, STREET_CAMERAS, STREET_ANNOTATORS, STREET_WORDS),
-          "studio": Style("studio", STUDIO, tuple(studio_camera(i) for i in range(60)), STUDIO_ANNOTATORS, STUDIO_WORDS),
-          "town": Style("town", TOWN, TOWN_CAMERAS, TOWN_ANNOTATORS, TOWN_WORDS, False, 10)}
+    name: str
+    look: Look  # palette, frequencies, drawing
+    cameras: tuple  # of Camera, six or more
+    annotators: tuple  # of Annotator, six or more
+    words: dict  # thing -> synonyms
+    through: bool = True  # annotators name colours as the camera shows them; False: as the cloth is
+    twins: int = 6  # one person in so many is the look-alike of the one before, 2 or more
+
+
+STYLES = {
+    "street": Style("street", STREET, STREET_CAMERAS, STREET_ANNOTATORS, STREET_WORDS),
+    "studio": Style(
+        "studio", STUDIO, tuple(studio_camera(i) for i in range(60)), STUDIO_ANNOTATORS, STUDIO_WORDS
+    ),
+    "town": Style("town", TOWN, TOWN_CAMERAS, TOWN_ANNOTATORS, TOWN_WORDS, False, 10),
+}
 
 # %% ../../nbs/synth/05_dataset.ipynb #927a6254
 SYNTH_VERSION = 1
 
+
 class SynthWorld:
     "A population before the cameras of a style: image and captions of any row, in any order (ours)."
-    def __init__(self,
-        people:int=1000, # how many, 1 or more
-        seed:int=0, # 0 or above; another seed, other people
-        style:str="street", # a key of STYLES
-        shots:tuple=(2, 5), # fewest and most images a person, each from another camera
-        captions_per_image:int=2, # 1 or more, by different annotators
+
+    def __init__(
+        self,
+        people: int = 1000,  # how many, 1 or more
+        seed: int = 0,  # 0 or above; another seed, other people
+        style: str = "street",  # a key of STYLES
+        shots: tuple = (2, 5),  # fewest and most images a person, each from another camera
+        captions_per_image: int = 2,  # 1 or more, by different annotators
     ):
-        if style not in STYLES: raise UserError(f"unknown style {style!r}; there are {', '.join(STYLES)}")
+        if style not in STYLES:
+            raise UserError(f"unknown style {style!r}; there are {', '.join(STYLES)}")
         self.style, self.seed, self.captions_per_image = STYLES[style], seed, captions_per_image
-        if people < 1 or seed < 0: raise UserError(f"people must be at least 1 and seed at least 0, got {people} and {seed}")
-        if not 1 <= shots[0] <= shots[1] <= len(self.style.cameras): raise UserError(f"shots must satisfy 1 <= fewest <= most <= {len(self.style.cameras)} cameras, got {shots}")
-        if not 1 <= captions_per_image <= len(self.style.annotators): raise UserError(f"captions_per_image must lie in 1..{len(self.style.annotators)}, got {captions_per_image}")
-        self.people:list[Person] = []; self.shots = []
+        if people < 1 or seed < 0:
+            raise UserError(f"people must be at least 1 and seed at least 0, got {people} and {seed}")
+        if not 1 <= shots[0] <= shots[1] <= len(self.style.cameras):
+            raise UserError(
+                f"shots must satisfy 1 <= fewest <= most <= {len(self.style.cameras)} cameras, got {shots}"
+            )
+        if not 1 <= captions_per_image <= len(self.style.annotators):
+            raise UserError(
+                f"captions_per_image must lie in 1..{len(self.style.annotators)}, got {captions_per_image}"
+            )
+        self.people: list[Person] = []
+        self.shots = []
         for i in range(people):
-            rng = self._rng(0, i); look = self.style.look
-            self.people.append(twin(rng, self.people[-1], look) if i % self.style.twins == self.style.twins - 1 else draw_person(rng, look))
-            cameras = rng.permutation(len(self.style.cameras))[:rng.integers(shots[0], shots[1] + 1)]
+            rng = self._rng(0, i)
+            look = self.style.look
+            self.people.append(
+                twin(rng, self.people[-1], look)
+                if i % self.style.twins == self.style.twins - 1
+                else draw_person(rng, look)
+            )
+            cameras = rng.permutation(len(self.style.cameras))[: rng.integers(shots[0], shots[1] + 1)]
             self.shots += [(i, int(c)) for c in cameras]
         self.person, self.camera = np.array(self.shots, np.int64).T.copy()
-    def __len__(self): return len(self.shots)
-    def _rng(self, what, *key): return keyed_rng(crc32(self.style.name.encode()), self.seed, what, *key)
-    def moment(self, row:int):
+
+    def __len__(self):
+        return len(self.shots)
+
+    def _rng(self, what, *key):
+        return keyed_rng(crc32(self.style.name.encode()), self.seed, what, *key)
+
+    def moment(self, row: int):
         "The circumstances of one row, from which both picture and captions are made (ours)."
         i, c = self.shots[row]
         return draw_shot(self._rng(1, i, c), c, self.style.cameras[c].views)
-    def image(self, row:int):
+
+    def image(self, row: int):
         "The picture of one row, RGB (ours)."
         i, c = self.shots[row]
-        return picture(self.people[i], self.moment(row), self.style.cameras[c], self.style.look, self._rng(2, i, c))
-    def captions(self, row:int) -> list:
+        return picture(
+            self.people[i], self.moment(row), self.style.cameras[c], self.style.look, self._rng(2, i, c)
+        )
+
+    def captions(self, row: int) -> list:
         "The captions of one row, each by another annotator (ours)."
-        i, c = self.shots[row]; rng, s = self._rng(3, i, c), self.style
-        who = rng.permutation(len(s.annotators))[:self.captions_per_image]
+        i, c = self.shots[row]
+        rng, s = self._rng(3, i, c), self.style
+        who = rng.permutation(len(s.annotators))[: self.captions_per_image]
         colour = s.cameras[c].colour if s.through else lambda rgb, light: rgb
-        return [caption(self.people[i], self.moment(row), colour, s.look, s.words, s.annotators[k], rng) for k in who]
+        return [
+            caption(self.people[i], self.moment(row), colour, s.look, s.words, s.annotators[k], rng)
+            for k in who
+        ]
 
 # %% ../../nbs/synth/05_dataset.ipynb #4f6dff6a
 def checksum(
-    world:SynthWorld, # any
-    rows:int=64, # the first so many
-) -> str: # 64 hexadecimal digits
+    world: SynthWorld,  # any
+    rows: int = 64,  # the first so many
+) -> str:  # 64 hexadecimal digits
     "Fingerprint of attributes, captions and pixels of the first rows (ours)."
     h = hashlib.sha256()
     for r in range(min(rows, len(world))):
         image = world.image(r)
-        h.update(repr((world.people[world.shots[r][0]], world.shots[r], world.captions(r), image.size)).encode()); h.update(image.tobytes())
+        h.update(
+            repr((world.people[world.shots[r][0]], world.shots[r], world.captions(r), image.size)).encode()
+        )
+        h.update(image.tobytes())
     return h.hexdigest()
 
 # %% ../../nbs/synth/05_dataset.ipynb #cbd3dd8b
 def split_sizes(
-    people:int, # to be split
-    splits:tuple=(.7, .1, .2), # train, val, test: shares that sum to 1, or numbers that sum to `people`
-) -> tuple: # three numbers of people
+    people: int,  # to be split
+    splits: tuple = (
+        0.7,
+        0.1,
+        0.2,
+    ),  # train, val, test: shares that sum to 1, or numbers that sum to `people`
+) -> tuple:  # three numbers of people
     "How many people go to train, val and test (ours)."
-    bad = UserError(f"splits must be three shares that sum to 1 or three numbers that sum to people={people}, got {tuple(splits)}")
-    if len(splits) != 3 or min(splits) < 0: raise bad
-    if all(isinstance(s, (int, np.integer)) for s in splits) and sum(splits) == people: return tuple(int(s) for s in splits)
-    if abs(sum(splits) - 1) > 1e-6: raise bad
+    bad = UserError(
+        f"splits must be three shares that sum to 1 or three numbers that sum to people={people}, got {tuple(splits)}"
+    )
+    if len(splits) != 3 or min(splits) < 0:
+        raise bad
+    if all(isinstance(s, (int, np.integer)) for s in splits) and sum(splits) == people:
+        return tuple(int(s) for s in splits)
+    if abs(sum(splits) - 1) > 1e-6:
+        raise bad
     val, test = (max(round(people * s), int(s > 0)) for s in splits[1:])
-    if people - val - test < 1: raise bad
+    if people - val - test < 1:
+        raise bad
     return people - val - test, val, test
 
 # %% ../../nbs/synth/05_dataset.ipynb #17978ee3
 @dataclass(frozen=True)
 class Layout:
     "How one benchmark lies on disk (its own release)."
-    annotation:str; path_key:str="file_path"; first:int=0
-    captions:int=0; images:int=0  # an image, a person; 0 leaves the caller's
-    val:bool=True; tokens:bool=True
 
-LAYOUTS = {"cuhk-pedes": Layout("reid_raw.json", first=1), "icfg-pedes": Layout("ICFG-PEDES.json", captions=1, val=False),
-           "rstpreid": Layout("data_captions.json", "img_path", captions=2, images=5, tokens=False)}
+    annotation: str
+    path_key: str = "file_path"
+    first: int = 0
+    captions: int = 0
+    images: int = 0  # an image, a person; 0 leaves the caller's
+    val: bool = True
+    tokens: bool = True
+
+
+LAYOUTS = {
+    "cuhk-pedes": Layout("reid_raw.json", first=1),
+    "icfg-pedes": Layout("ICFG-PEDES.json", captions=1, val=False),
+    "rstpreid": Layout("data_captions.json", "img_path", captions=2, images=5, tokens=False),
+}
+
 
 def record(
-    world:SynthWorld, # whose row
-    row:int, # 0-based
-    layout:str, # a key of LAYOUTS
-    split:str, # train, val or test
-) -> dict: # one entry of the annotation file
+    world: SynthWorld,  # whose row
+    row: int,  # 0-based
+    layout: str,  # a key of LAYOUTS
+    split: str,  # train, val or test
+) -> dict:  # one entry of the annotation file
     "The annotation of one image, keys as the benchmark has them (CUHK-PEDES, ICFG-PEDES, RSTPReid)."
-    how, (i, c) = LAYOUTS[layout], world.shots[row]; texts, ident = world.captions(row), i + how.first
-    path = {"cuhk-pedes": f"cam_{c}/{ident:05d}_{row:06d}.jpg", "icfg-pedes": f"{('train', 'test')[i % 2]}/{ident:04d}/{ident:04d}_c{c}_{row:06d}.jpg",
-            "rstpreid": f"{ident:04d}_c{c}_{row:06d}.jpg"}[layout]
+    how, (i, c) = LAYOUTS[layout], world.shots[row]
+    texts, ident = world.captions(row), i + how.first
+    path = {
+        "cuhk-pedes": f"cam_{c}/{ident:05d}_{row:06d}.jpg",
+        "icfg-pedes": f"{('train', 'test')[i % 2]}/{ident:04d}/{ident:04d}_c{c}_{row:06d}.jpg",
+        "rstpreid": f"{ident:04d}_c{c}_{row:06d}.jpg",
+    }[layout]
     out = {"split": split, "captions": texts, how.path_key: path}
-    if how.tokens: out["processed_tokens"] = [re.findall(r"[a-z0-9]+(?:[-'][a-z0-9]+)*", t.lower()) for t in texts]
+    if how.tokens:
+        out["processed_tokens"] = [re.findall(r"[a-z0-9]+(?:[-'][a-z0-9]+)*", t.lower()) for t in texts]
     return out | {"id": ident}
 
 # %% ../../nbs/synth/05_dataset.ipynb #56af9697
 def write_synth(
-    out, # folder; new, empty or an earlier synthetic set
-    people:int=1000, # how many, 3 or more
-    seed:int=0, # 0 or above
-    layout:str="cuhk-pedes", # a key of LAYOUTS
-    style:str="street", # a key of STYLES
-    splits:tuple=(.7, .1, .2), # as in split_sizes
-    shots:tuple=(2, 5), # images a person; rstpreid has 5
-    captions_per_image:int=2, # icfg-pedes has 1, rstpreid 2
-    quality:int=88, # of the JPEG files, 1..95
-) -> Path: # `out`
+    out,  # folder; new, empty or an earlier synthetic set
+    people: int = 1000,  # how many, 3 or more
+    seed: int = 0,  # 0 or above
+    layout: str = "cuhk-pedes",  # a key of LAYOUTS
+    style: str = "street",  # a key of STYLES
+    splits: tuple = (0.7, 0.1, 0.2),  # as in split_sizes
+    shots: tuple = (2, 5),  # images a person; rstpreid has 5
+    captions_per_image: int = 2,  # icfg-pedes has 1, rstpreid 2
+    quality: int = 88,  # of the JPEG files, 1..95
+) -> Path:  # `out`
     "Write a synthetic set in a benchmark's layout (ours)."
-    if layout not in LAYOUTS: raise UserError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
-    if people < 3: raise UserError(f"people must be at least 3, one for each split, got {people}")
+    if layout not in LAYOUTS:
+        raise UserError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    if people < 3:
+        raise UserError(f"people must be at least 3, one for each split, got {people}")
     how, out, sizes = LAYOUTS[layout], Path(out), split_sizes(people, splits)
-    world = SynthWorld(people, seed, style, (how.images,) * 2 if how.images else shots, how.captions or captions_per_image)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out/"synth.json").is_file())):
+    world = SynthWorld(
+        people, seed, style, (how.images,) * 2 if how.images else shots, how.captions or captions_per_image
+    )
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "synth.json").is_file())):
         raise UserError(f"{out} holds something else than a synthetic set; name a new or empty folder")
-    for old in LAYOUTS.values(): (out/old.annotation).unlink(missing_ok=True)
-    shutil.rmtree(out/"imgs", ignore_errors=True)
-    ends = np.cumsum(sizes); names = ("train", "val" if how.val else "train", "test")
+    for old in LAYOUTS.values():
+        (out / old.annotation).unlink(missing_ok=True)
+    shutil.rmtree(out / "imgs", ignore_errors=True)
+    ends = np.cumsum(sizes)
+    names = ("train", "val" if how.val else "train", "test")
     split = [names[int(np.searchsorted(ends, i, side="right"))] for i in world.person]
-    about = {"version": SYNTH_VERSION, "seed": seed, "style": style, "layout": layout, "people": people, "images": len(world), "captions": len(world) * world.captions_per_image,
-             "splits": {s: {"people": len({i for i, t in zip(world.person, split) if t == s}), "images": split.count(s)} for s in dict.fromkeys(split)}, "checksum": checksum(world)}
-    with atomic_path(out/"synth.json") as t: t.write_text(json.dumps(about, indent=1, default=int))
+    about = {
+        "version": SYNTH_VERSION,
+        "seed": seed,
+        "style": style,
+        "layout": layout,
+        "people": people,
+        "images": len(world),
+        "captions": len(world) * world.captions_per_image,
+        "splits": {
+            s: {"people": len({i for i, t in zip(world.person, split) if t == s}), "images": split.count(s)}
+            for s in dict.fromkeys(split)
+        },
+        "checksum": checksum(world),
+    }
+    with atomic_path(out / "synth.json") as t:
+        t.write_text(json.dumps(about, indent=1, default=int))
     rows = []
     for r in progress(range(len(world)), "drawing pedestrians", unit="image"):
-        rows.append(record(world, r, layout, split[r])); path = out/"imgs"/rows[-1][how.path_key]
-        if r == 0 or not path.parent.is_dir(): path.parent.mkdir(parents=True, exist_ok=True)
+        rows.append(record(world, r, layout, split[r]))
+        path = out / "imgs" / rows[-1][how.path_key]
+        if r == 0 or not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         world.image(r).save(path, quality=quality, optimize=True)
-    with atomic_path(out/how.annotation) as t: t.write_text(json.dumps(rows, separators=(",", ":")))
+    with atomic_path(out / how.annotation) as t:
+        t.write_text(json.dumps(rows, separators=(",", ":")))
     return out

@@ -14,279 +14,498 @@ from PIL import Image, ImageDraw
 from .people import LOWER, STREET, UPPER, Cut, Look, Person, Shot, darker, worn
 
 # %% ../../nbs/synth/01_paint.ipynb #d7bbaa6e
-def _quad(a, b, wa, wb, f, g): # the strip of a limb between f and g half widths beside its axis
-    (ax, ay), (bx, by) = a, b; n = max(((bx - ax)**2 + (by - ay)**2)**.5, 1e-6); nx, ny = (by - ay) / n, (ax - bx) / n
-    return [(ax + f * nx * wa, ay + f * ny * wa), (bx + f * nx * wb, by + f * ny * wb), (bx + g * nx * wb, by + g * ny * wb), (ax + g * nx * wa, ay + g * ny * wa)]
+def _quad(a, b, wa, wb, f, g):  # the strip of a limb between f and g half widths beside its axis
+    (ax, ay), (bx, by) = a, b
+    n = max(((bx - ax) ** 2 + (by - ay) ** 2) ** 0.5, 1e-6)
+    nx, ny = (by - ay) / n, (ax - bx) / n
+    return [
+        (ax + f * nx * wa, ay + f * ny * wa),
+        (bx + f * nx * wb, by + f * ny * wb),
+        (bx + g * nx * wb, by + g * ny * wb),
+        (ax + g * nx * wa, ay + g * ny * wa),
+    ]
 
 # %% ../../nbs/synth/01_paint.ipynb #3859a254
 class Pen:
     "Draws polygons, limbs and ovals given in body coordinates (ours)."
-    def __init__(self,
-        image:Image.Image, # drawn on
-        x:float, # canvas column of the body's middle
-        top:float, # canvas row of the top of the head
-        height:float, # of the body, pixels
-        wide:float=1., # width factor
-        flip:int=1, # -1 mirrors
-        tilt:float=0., # how far the camera looks down, 0..0.3
-        look:Look=STREET, # rounded or not, shading
-        light:int=1, # the side the light comes from, 1 right, -1 left
+
+    def __init__(
+        self,
+        image: Image.Image,  # drawn on
+        x: float,  # canvas column of the body's middle
+        top: float,  # canvas row of the top of the head
+        height: float,  # of the body, pixels
+        wide: float = 1.0,  # width factor
+        flip: int = 1,  # -1 mirrors
+        tilt: float = 0.0,  # how far the camera looks down, 0..0.3
+        look: Look = STREET,  # rounded or not, shading
+        light: int = 1,  # the side the light comes from, 1 right, -1 left
     ):
         self.draw, self.x, self.top, self.height, self.wide = ImageDraw.Draw(image), x, top, height, wide
         self.flip, self.tilt, self.look, self.light = flip, tilt, look, light * flip
-    def at(self, x:float, y:float) -> tuple:
+
+    def at(self, x: float, y: float) -> tuple:
         "The canvas pixel of a body point (ours)."
-        return (self.x + self.flip * self.height * self.wide * x * (1 + self.tilt * (.5 - y)), self.top + self.height * (y + self.tilt * y * (1 - y)))
+        return (
+            self.x + self.flip * self.height * self.wide * x * (1 + self.tilt * (0.5 - y)),
+            self.top + self.height * (y + self.tilt * y * (1 - y)),
+        )
+
     def poly(self, points, rgb):
         "A filled polygon (ours)."
         self.draw.polygon([self.at(*p) for p in points], fill=rgb)
+
     def box(self, x0, y0, x1, y1, rgb):
         "A filled upright rectangle (ours)."
         self.poly(((x0, y0), (x1, y0), (x1, y1), (x0, y1)), rgb)
+
     def oval(self, x, y, rx, ry, rgb, **kw):
         "A filled ellipse; `start`, `end` in degrees cut a slice of it (ours)."
         (a, b), (c, d) = self.at(x - rx, y - ry), self.at(x + rx, y + ry)
         box = (min(a, c), b, max(a, c), d)
         self.draw.pieslice(box, fill=rgb, **kw) if kw else self.draw.ellipse(box, fill=rgb)
-    def line(self, points, rgb, width:float=.01):
+
+    def line(self, points, rgb, width: float = 0.01):
         "A polyline, `width` in body units (ours)."
         self.draw.line([self.at(*p) for p in points], fill=rgb, width=max(1, round(width * self.height)))
-    def limb(self, a, b, wa:float, wb:float, rgb):
+
+    def limb(self, a, b, wa: float, wb: float, rgb):
         "A tapering limb from `a` to `b`, half widths `wa`, `wb`; shaded on one side or round at the ends (ours)."
         self.poly(_quad(a, b, wa, wb, -1, 1), rgb)
-        if self.look.rounded: self.oval(*a, wa, wa, rgb); self.oval(*b, wb, wb, rgb)
-        if self.look.shading < 1: self.poly(_quad(a, b, wa, wb, -self.light, -.25 * self.light), darker(rgb, self.look.shading))
+        if self.look.rounded:
+            self.oval(*a, wa, wa, rgb)
+            self.oval(*b, wb, wb, rgb)
+        if self.look.shading < 1:
+            self.poly(_quad(a, b, wa, wb, -self.light, -0.25 * self.light), darker(rgb, self.look.shading))
 
 # %% ../../nbs/synth/01_paint.ipynb #23892144
-def _girth(p): return {"slim": .92, "medium": 1., "heavy": 1.15}[p.build]
+def _girth(p):
+    return {"slim": 0.92, "medium": 1.0, "heavy": 1.15}[p.build]
+
 
 def _joints(p, s, q, w, k):
-    hip, out = .47 + .015 * q["legs"], .043 * (1.06 if p.sex == "female" else 1) * w
+    hip, out = 0.47 + 0.015 * q["legs"], 0.043 * (1.06 if p.sex == "female" else 1) * w
     if s.view == "side":
-        foot = k * .115 * s.stride - .02 * s.stride * (k > 0)
-        return (k * .008, hip), (k * .05 * s.stride, .72), (foot, .95 - .018 * s.stride * (k < 0))
-    lift = .035 * s.stride * (k * s.flip > 0)  # the foot in the air
-    return (k * out, hip), (k * (out + .006), .72), (k * (out + .004), .955 - lift)
+        foot = k * 0.115 * s.stride - 0.02 * s.stride * (k > 0)
+        return (k * 0.008, hip), (k * 0.05 * s.stride, 0.72), (foot, 0.95 - 0.018 * s.stride * (k < 0))
+    lift = 0.035 * s.stride * (k * s.flip > 0)  # the foot in the air
+    return (k * out, hip), (k * (out + 0.006), 0.72), (k * (out + 0.004), 0.955 - lift)
 
-def _along(a, b, t): return (a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1]))
+
+def _along(a, b, t):
+    return (a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1]))
+
 
 def _legs(pen, p, s, q, col):
     w, skirt = pen.look.limb * _girth(p), p.lower in ("skirt", "long skirt")
-    cut = LOWER.get(p.lower, Cut(hem=.5)); end = cut.hem + .03 * q["length"] * (cut.hem < .9)
+    cut = LOWER.get(p.lower, Cut(hem=0.5))
+    end = cut.hem + 0.03 * q["length"] * (cut.hem < 0.9)
     for k in (-1, 1):
-        tone = .82 if k < 0 and s.view == "side" else 1  # the far leg lies in the shade
-        a, b, c = _joints(p, s, q, w, k); skin = darker(col["skin"], tone)
-        pen.limb(a, b, .046 * w, .034 * w, skin); pen.limb(b, c, .032 * w, .021 * w, skin)
-        if p.lower and not skirt: _trouser(pen, p, s, (a, b, c), end, cut.wide * (1 + .12 * q["cut"]) * w, darker(col["lower"], tone), k)
+        tone = 0.82 if k < 0 and s.view == "side" else 1  # the far leg lies in the shade
+        a, b, c = _joints(p, s, q, w, k)
+        skin = darker(col["skin"], tone)
+        pen.limb(a, b, 0.046 * w, 0.034 * w, skin)
+        pen.limb(b, c, 0.032 * w, 0.021 * w, skin)
+        if p.lower and not skirt:
+            _trouser(
+                pen, p, s, (a, b, c), end, cut.wide * (1 + 0.12 * q["cut"]) * w, darker(col["lower"], tone), k
+            )
         _foot(pen, p, s, c, col["shoes"], skin, k)
-    if skirt: _skirt(pen, p, s, q, end, cut, col["lower"])
+    if skirt:
+        _skirt(pen, p, s, q, end, cut, col["lower"])
 
 # %% ../../nbs/synth/01_paint.ipynb #a2077eed
-def _contrast(rgb): return (235, 235, 235) if sum(rgb) < 480 else (40, 40, 44)
+def _contrast(rgb):
+    return (235, 235, 235) if sum(rgb) < 480 else (40, 40, 44)
+
 
 def _trouser(pen, p, s, joints, end, f, cloth, k):
-    a, b, c = joints; t = (min(end, b[1]) - a[1]) / (b[1] - a[1]); u = max(0, min(1, (end - b[1]) / (c[1] - b[1])))
-    knee = _along(a, b, t); path = [a, knee]
-    pen.limb(a, knee, .055 * f, (.055 - .013 * t) * f, cloth)
-    if u: path.append(_along(b, c, u)); pen.limb(b, path[-1], .042 * f, (.042 - .008 * u) * f, cloth)
-    if p.lower == "jeans": pen.line((a, knee), darker(cloth, 1.35), .022)
+    a, b, c = joints
+    t = (min(end, b[1]) - a[1]) / (b[1] - a[1])
+    u = max(0, min(1, (end - b[1]) / (c[1] - b[1])))
+    knee = _along(a, b, t)
+    path = [a, knee]
+    pen.limb(a, knee, 0.055 * f, (0.055 - 0.013 * t) * f, cloth)
+    if u:
+        path.append(_along(b, c, u))
+        pen.limb(b, path[-1], 0.042 * f, (0.042 - 0.008 * u) * f, cloth)
+    if p.lower == "jeans":
+        pen.line((a, knee), darker(cloth, 1.35), 0.022)
     if p.lower_pattern == "striped":
-        seam = .04 * f * k * (s.view != "side")
-        pen.line([(x + seam, y) for x, y in path], _contrast(cloth), .013)
+        seam = 0.04 * f * k * (s.view != "side")
+        pen.line([(x + seam, y) for x, y in path], _contrast(cloth), 0.013)
     if p.lower_pattern == "checked":
-        for y in np.arange(a[1] + .02, knee[1], .035): pen.line(((a[0] - .04 * f, y), (a[0] + .04 * f, y)), darker(cloth, .5 if sum(cloth) > 300 else 1.9), .006)
+        for y in np.arange(a[1] + 0.02, knee[1], 0.035):
+            pen.line(
+                ((a[0] - 0.04 * f, y), (a[0] + 0.04 * f, y)),
+                darker(cloth, 0.5 if sum(cloth) > 300 else 1.9),
+                0.006,
+            )
+
 
 def _foot(pen, p, s, at, rgb, skin, k):
-    x, y = at; long = .045 if s.view == "side" else .026; x += .028 if s.view == "side" else .006 * k
-    if p.shoes == "boots": pen.limb((at[0], .84), (at[0], y + .01), .034, .030, rgb)
-    pen.oval(x, y + .022, long, .021, skin if p.shoes == "sandals" else rgb)
+    x, y = at
+    long = 0.045 if s.view == "side" else 0.026
+    x += 0.028 if s.view == "side" else 0.006 * k
+    if p.shoes == "boots":
+        pen.limb((at[0], 0.84), (at[0], y + 0.01), 0.034, 0.030, rgb)
+    pen.oval(x, y + 0.022, long, 0.021, skin if p.shoes == "sandals" else rgb)
     if p.shoes == "sandals":
-        pen.line(((x - long, y + .034), (x + long, y + .034)), rgb, .014); pen.line(((x - .02, y + .012), (x + .02, y + .012)), rgb, .01)
-    if p.shoes == "sneakers": pen.line(((x - long, y + .038), (x + long, y + .038)), (232, 232, 232) if sum(rgb) < 560 else (120, 120, 124), .009)
+        pen.line(((x - long, y + 0.034), (x + long, y + 0.034)), rgb, 0.014)
+        pen.line(((x - 0.02, y + 0.012), (x + 0.02, y + 0.012)), rgb, 0.01)
+    if p.shoes == "sneakers":
+        pen.line(
+            ((x - long, y + 0.038), (x + long, y + 0.038)),
+            (232, 232, 232) if sum(rgb) < 560 else (120, 120, 124),
+            0.009,
+        )
+
 
 def _skirt(pen, p, s, q, end, cut, rgb):
-    thin = .66 if s.view == "side" else 1; top, flare = .082 * thin, (.125 + .02 * q["cut"]) * thin * cut.wide
-    pen.poly(((-top, .42), (top, .42), (flare, end), (-flare, end)), rgb)
+    thin = 0.66 if s.view == "side" else 1
+    top, flare = 0.082 * thin, (0.125 + 0.02 * q["cut"]) * thin * cut.wide
+    pen.poly(((-top, 0.42), (top, 0.42), (flare, end), (-flare, end)), rgb)
     if pen.look.shading < 1:
-        k = -pen.light; pen.poly(((k * top, .42), (k * top * .3, .42), (k * flare * .4, end), (k * flare, end)), darker(rgb, pen.look.shading))
+        k = -pen.light
+        pen.poly(
+            ((k * top, 0.42), (k * top * 0.3, 0.42), (k * flare * 0.4, end), (k * flare, end)),
+            darker(rgb, pen.look.shading),
+        )
     if p.lower_pattern != "plain":
-        for y in np.arange(.48, end - .01, .04): pen.line(((-flare * .95, y), (flare * .95, y)), darker(rgb, .55 if sum(rgb) > 300 else 2), .008)
+        for y in np.arange(0.48, end - 0.01, 0.04):
+            pen.line(
+                ((-flare * 0.95, y), (flare * 0.95, y)), darker(rgb, 0.55 if sum(rgb) > 300 else 2), 0.008
+            )
 
 # %% ../../nbs/synth/01_paint.ipynb #aee9b50e
-def _between(xs, ys): # piecewise linear through points, flat outside; np.interp is slow on single numbers
+def _between(xs, ys):  # piecewise linear through points, flat outside; np.interp is slow on single numbers
     def _at(x):
-        i = min(max(bisect(xs, x), 1), len(xs) - 1); t = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
-        return ys[i - 1] + min(max(t, 0.), 1.) * (ys[i] - ys[i - 1])
+        i = min(max(bisect(xs, x), 1), len(xs) - 1)
+        t = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+        return ys[i - 1] + min(max(t, 0.0), 1.0) * (ys[i] - ys[i - 1])
+
     return _at
+
 
 def _outline(p, s, q, cut):
     female, heavy = p.sex == "female", p.build == "heavy"
-    broad = {"slim": .9, "medium": 1., "heavy": 1.2}[p.build] * cut.wide * (1 + .05 * q["width"])
-    thin = .64 * (1.12 if heavy else 1) if s.view == "side" else 1
-    hem = cut.hem + .022 * q["hem"]; flare = {"coat": .035, "parka": .035, "dress": .05}.get(p.upper, 0)
-    shoulder, chest, waist = ((.104, .103, .078) if female else (.122, .113, .1))
-    ys = [.158, .185, .29, .41, .5, max(hem, .505)]
-    widths = [.05 / broad, shoulder * (1 + .06 * q["shoulder"]), chest, waist * (1.08 if heavy else 1), .098, .098 + flare]
+    broad = {"slim": 0.9, "medium": 1.0, "heavy": 1.2}[p.build] * cut.wide * (1 + 0.05 * q["width"])
+    thin = 0.64 * (1.12 if heavy else 1) if s.view == "side" else 1
+    hem = cut.hem + 0.022 * q["hem"]
+    flare = {"coat": 0.035, "parka": 0.035, "dress": 0.05}.get(p.upper, 0)
+    shoulder, chest, waist = (0.104, 0.103, 0.078) if female else (0.122, 0.113, 0.1)
+    ys = [0.158, 0.185, 0.29, 0.41, 0.5, max(hem, 0.505)]
+    widths = [
+        0.05 / broad,
+        shoulder * (1 + 0.06 * q["shoulder"]),
+        chest,
+        waist * (1.08 if heavy else 1),
+        0.098,
+        0.098 + flare,
+    ]
     return _between(ys, [x * thin * broad for x in widths]), [y for y in ys[:5] if y < hem] + [hem]
 
+
 def _torso(pen, p, s, q, col, cut):
-    half, ys = _outline(p, s, q, cut); hem = ys[-1]; side = lambda k, f=1.: [(k * f * half(y), y) for y in ys]
+    half, ys = _outline(p, s, q, cut)
+    hem = ys[-1]
+
+    def side(k, f=1.0):
+        return [(k * f * half(y), y) for y in ys]
+
     pen.poly(side(-1) + side(1)[::-1], col["upper"])
     if pen.look.shading < 1 and p.pattern in ("plain", "logo", "raglan"):
-        pen.poly(side(-pen.light) + side(-pen.light, .45)[::-1], darker(col["upper"], pen.look.shading))
+        pen.poly(side(-pen.light) + side(-pen.light, 0.45)[::-1], darker(col["upper"], pen.look.shading))
     _pattern(pen, p, s, q, col.get("pattern"), half, hem)
-    if s.view != "back": _front(pen, p, s, col, cut, half, hem)
-    if cut.hood: pen.oval(*{"back": (0, .185, .065, .035), "side": (-.05, .17, .035, .03), "front": (0, .165, .066, .02)}[s.view], darker(col["upper"], .66))
-    if p.belt and hem < .54: pen.box(-half(.5), hem - .012, half(.5), hem + .008, col["belt"])
+    if s.view != "back":
+        _front(pen, p, s, col, cut, half, hem)
+    if cut.hood:
+        pen.oval(
+            *{
+                "back": (0, 0.185, 0.065, 0.035),
+                "side": (-0.05, 0.17, 0.035, 0.03),
+                "front": (0, 0.165, 0.066, 0.02),
+            }[s.view],
+            darker(col["upper"], 0.66),
+        )
+    if p.belt and hem < 0.54:
+        pen.box(-half(0.5), hem - 0.012, half(0.5), hem + 0.008, col["belt"])
 
 # %% ../../nbs/synth/01_paint.ipynb #c96cb7c5
 def _front(pen, p, s, col, cut, half, hem):
-    at = half(.3) * .55 if s.view == "side" else 0  # where the opening is
-    if p.inner_colour and s.view == "side": pen.poly(((at, .17), (at + .03, .19), (half(.3), .3), (half(hem) * .98, hem), (at + .02, hem)), col["inner"])
-    elif p.inner_colour: pen.poly(((-.016, .16), (.016, .16), (.04, hem), (-.04, hem)), col["inner"])
-    elif cut.opens: pen.line(((at, .165), (at, hem)), darker(col["upper"], .55 if sum(col["upper"]) > 150 else 2.2), .008)
+    at = half(0.3) * 0.55 if s.view == "side" else 0  # where the opening is
+    if p.inner_colour and s.view == "side":
+        pen.poly(
+            ((at, 0.17), (at + 0.03, 0.19), (half(0.3), 0.3), (half(hem) * 0.98, hem), (at + 0.02, hem)),
+            col["inner"],
+        )
+    elif p.inner_colour:
+        pen.poly(((-0.016, 0.16), (0.016, 0.16), (0.04, hem), (-0.04, hem)), col["inner"])
+    elif cut.opens:
+        pen.line(
+            ((at, 0.165), (at, hem)), darker(col["upper"], 0.55 if sum(col["upper"]) > 150 else 2.2), 0.008
+        )
     if cut.collar:
-        pen.poly(((at - .045, .158), (at + .045, .158), (at, .215)), darker(col["upper"], 1.25))
-        pen.line(((at, .2), (at, hem)), darker(col["upper"], .7), .005)
+        pen.poly(((at - 0.045, 0.158), (at + 0.045, 0.158), (at, 0.215)), darker(col["upper"], 1.25))
+        pen.line(((at, 0.2), (at, hem)), darker(col["upper"], 0.7), 0.005)
+
 
 def _pattern(pen, p, s, q, rgb, half, hem):
-    step, top, kind = .042 * (1 + .35 * q["spacing"]), .2 + .01 * q["phase"], p.pattern
-    across = lambda y: ((-half(y), y), (half(y), y))
+    step, top, kind = 0.042 * (1 + 0.35 * q["spacing"]), 0.2 + 0.01 * q["phase"], p.pattern
+
+    def across(y):
+        return ((-half(y), y), (half(y), y))
+
     if kind == "striped":
-        for y in np.arange(top, hem - .3 * step, step): pen.poly(across(y) + across(y + .4 * step)[::-1], rgb)
+        for y in np.arange(top, hem - 0.3 * step, step):
+            pen.poly(across(y) + across(y + 0.4 * step)[::-1], rgb)
     if kind == "checked":
-        for y in np.arange(top, hem - .3 * step, step): pen.line(across(y), rgb, .011)
+        for y in np.arange(top, hem - 0.3 * step, step):
+            pen.line(across(y), rgb, 0.011)
     if kind in ("pinstriped", "checked"):
-        for x in np.arange(-.85, .9, step / .1): pen.line([(x * half(y), y) for y in (.19, .29, .41, hem)], rgb, .01)
+        for x in np.arange(-0.85, 0.9, step / 0.1):
+            pen.line([(x * half(y), y) for y in (0.19, 0.29, 0.41, hem)], rgb, 0.01)
     if kind == "dotted":
-        for i, y in enumerate(np.arange(top, hem - .01, step)):
-            for x in np.arange(-.8 + .2 * (i % 2), .9, .42): pen.oval(x * half(y), y, .0105, .0105, rgb)
+        for i, y in enumerate(np.arange(top, hem - 0.01, step)):
+            for x in np.arange(-0.8 + 0.2 * (i % 2), 0.9, 0.42):
+                pen.oval(x * half(y), y, 0.0105, 0.0105, rgb)
     if kind == "block":
-        ys = (.3 + .03 * q["phase"], .41, hem); pen.poly([(-half(y), y) for y in ys] + [(half(y), y) for y in ys[::-1]], rgb)
+        ys = (0.3 + 0.03 * q["phase"], 0.41, hem)
+        pen.poly([(-half(y), y) for y in ys] + [(half(y), y) for y in ys[::-1]], rgb)
     if kind == "logo" and s.view == "front":
-        if q["phase"] > 0: pen.box(-.042, .25, .042, .305 + .02 * q["spacing"], rgb)
-        else: pen.oval(0, .28, .042, .03 + .01 * q["spacing"], rgb)
+        if q["phase"] > 0:
+            pen.box(-0.042, 0.25, 0.042, 0.305 + 0.02 * q["spacing"], rgb)
+        else:
+            pen.oval(0, 0.28, 0.042, 0.03 + 0.01 * q["spacing"], rgb)
 
 # %% ../../nbs/synth/01_paint.ipynb #363658c1
 def _arm(s, half, k, bent):
-    swing = .9 * s.stride
-    if s.view == "side": return (-.01, .2), (-.03 - .03 * swing, .335), (.07, .3) if bent else (.07 * swing, .455)
-    x = half(.2) + .008; near = .03 if s.view == "front" else .09
-    return (k * (x - .02), .2), (k * (x + .014), .335), (k * near, .295) if bent else (k * (x + .012), .465 - .02 * swing * (k > 0))
+    swing = 0.9 * s.stride
+    if s.view == "side":
+        return (-0.01, 0.2), (-0.03 - 0.03 * swing, 0.335), (0.07, 0.3) if bent else (0.07 * swing, 0.455)
+    x = half(0.2) + 0.008
+    near = 0.03 if s.view == "front" else 0.09
+    return (
+        (k * (x - 0.02), 0.2),
+        (k * (x + 0.014), 0.335),
+        (k * near, 0.295) if bent else (k * (x + 0.012), 0.465 - 0.02 * swing * (k > 0)),
+    )
+
 
 def _arms(pen, p, s, q, col, cut):
-    half, _ = _outline(p, s, q, cut); w = pen.look.limb * max(1, _girth(p)) * (1.12 if cut.wide > 1.08 else 1)
-    sleeve = min(1, max(0, cut.sleeve + .1 * q["sleeve"] * (0 < cut.sleeve < .9)))
-    cloth = darker(col["pattern" if p.pattern == "raglan" else "upper"], .88 if s.view == "side" else 1)
+    half, _ = _outline(p, s, q, cut)
+    w = pen.look.limb * max(1, _girth(p)) * (1.12 if cut.wide > 1.08 else 1)
+    sleeve = min(1, max(0, cut.sleeve + 0.1 * q["sleeve"] * (0 < cut.sleeve < 0.9)))
+    cloth = darker(col["pattern" if p.pattern == "raglan" else "upper"], 0.88 if s.view == "side" else 1)
     for k in (1,) if s.view == "side" else (-1, 1):
         a, b, c = _arm(s, half, k, k > 0 and s.held in ("phone", "book", "umbrella"))
-        pen.limb(a, b, .026 * w, .022 * w, col["skin"]); pen.limb(b, c, .021 * w, .015 * w, col["skin"]); pen.oval(*c, .019 * w, .02 * w, col["skin"])
-        if sleeve: pen.limb(a, _along(a, b, min(1, 2 * sleeve)), .033 * w, .028 * w, cloth)
-        if sleeve > .5: pen.limb(b, _along(b, c, 2 * sleeve - 1), .028 * w, .022 * w, cloth)
-    if s.view != "back": _held(pen, s, *c)
+        pen.limb(a, b, 0.026 * w, 0.022 * w, col["skin"])
+        pen.limb(b, c, 0.021 * w, 0.015 * w, col["skin"])
+        pen.oval(*c, 0.019 * w, 0.02 * w, col["skin"])
+        if sleeve:
+            pen.limb(a, _along(a, b, min(1, 2 * sleeve)), 0.033 * w, 0.028 * w, cloth)
+        if sleeve > 0.5:
+            pen.limb(b, _along(b, c, 2 * sleeve - 1), 0.028 * w, 0.022 * w, cloth)
+    if s.view != "back":
+        _held(pen, s, *c)
+
 
 def _held(pen, s, x, y):
-    if s.held == "phone": pen.box(x - .012, y - .04, x + .014, y + .005, (18, 18, 24))
-    if s.held == "bottle": pen.box(x - .012, y - .01, x + .012, y + .06, (150, 190, 210))
-    if s.held == "book": pen.box(x - .035, y - .03, x + .035, y + .025, (212, 206, 190))
-    if s.held == "umbrella": pen.line(((x, y), (x, -.08)), (60, 60, 60), .01); pen.oval(x, -.01, .2, .09, (70, 80, 120), start=180, end=360)
+    if s.held == "phone":
+        pen.box(x - 0.012, y - 0.04, x + 0.014, y + 0.005, (18, 18, 24))
+    if s.held == "bottle":
+        pen.box(x - 0.012, y - 0.01, x + 0.012, y + 0.06, (150, 190, 210))
+    if s.held == "book":
+        pen.box(x - 0.035, y - 0.03, x + 0.035, y + 0.025, (212, 206, 190))
+    if s.held == "umbrella":
+        pen.line(((x, y), (x, -0.08)), (60, 60, 60), 0.01)
+        pen.oval(x, -0.01, 0.2, 0.09, (70, 80, 120), start=180, end=360)
 
 # %% ../../nbs/synth/01_paint.ipynb #2e38aeca
 def _falling(pen, p, s, q, hair, r, v):
-    side, tip = s.view == "side", .04 * q["tress"]
-    if p.hair == "medium": pen.box(-r * 1.15 * v, .07, r * (.2 if side else 1.15 * v), .152 + .3 * tip, hair)
-    if p.hair == "long" and side: pen.limb((-.03, .06), (-.05, .27 + tip), r * .7 * v, r * .6 * v, hair)
-    elif p.hair == "long" and s.view == "back": pen.limb((0, .06), (0, .29 + tip), r * 1.1 * v, r * 1.25 * v, hair)
+    side, tip = s.view == "side", 0.04 * q["tress"]
+    if p.hair == "medium":
+        pen.box(-r * 1.15 * v, 0.07, r * (0.2 if side else 1.15 * v), 0.152 + 0.3 * tip, hair)
+    if p.hair == "long" and side:
+        pen.limb((-0.03, 0.06), (-0.05, 0.27 + tip), r * 0.7 * v, r * 0.6 * v, hair)
+    elif p.hair == "long" and s.view == "back":
+        pen.limb((0, 0.06), (0, 0.29 + tip), r * 1.1 * v, r * 1.25 * v, hair)
     elif p.hair == "long":
-        for k in (-1, 1): pen.limb((k * r * .9, .06), (k * r * 1.15, .26 + tip), .02 * v, .018 * v, hair)
+        for k in (-1, 1):
+            pen.limb((k * r * 0.9, 0.06), (k * r * 1.15, 0.26 + tip), 0.02 * v, 0.018 * v, hair)
+
 
 def _crown(pen, p, s, q, hair, r, v):
-    y, side, back = .078, s.view == "side", s.view == "back"
-    if side: pen.oval(-r * .22, y - .012, r * .98 * v, .062, hair, start=120, end=310); pen.oval(-r * .1, y - .02, r * 1.02, .056 * v, hair, start=185, end=345)
-    elif not back: pen.oval(0, y - .008, r * 1.08, .066 * v, hair, start=192 - 10 * q["tress"], end=348 + 10 * q["tress"])
-    if p.hair == "bun": pen.oval(-r * .9 if side else 0, .012, .026 * v, .024 * v, hair)
+    y, side, back = 0.078, s.view == "side", s.view == "back"
+    if side:
+        pen.oval(-r * 0.22, y - 0.012, r * 0.98 * v, 0.062, hair, start=120, end=310)
+        pen.oval(-r * 0.1, y - 0.02, r * 1.02, 0.056 * v, hair, start=185, end=345)
+    elif not back:
+        pen.oval(
+            0, y - 0.008, r * 1.08, 0.066 * v, hair, start=192 - 10 * q["tress"], end=348 + 10 * q["tress"]
+        )
+    if p.hair == "bun":
+        pen.oval(-r * 0.9 if side else 0, 0.012, 0.026 * v, 0.024 * v, hair)
     if p.hair == "ponytail" and s.view != "front":
-        x = -r if side else 0; pen.limb((x, .06), (1.9 * x, .2 + .04 * q["tress"]), .02 * v, .016 * v, darker(hair, .8) if back else hair)
+        x = -r if side else 0
+        pen.limb(
+            (x, 0.06),
+            (1.9 * x, 0.2 + 0.04 * q["tress"]),
+            0.02 * v,
+            0.016 * v,
+            darker(hair, 0.8) if back else hair,
+        )
     if p.hair in ("long", "medium") and s.view == "front":
-        for k in (-1, 1): pen.limb((k * r, .05), (k * r * 1.05, .13), .012 * v, .014 * v, hair)
+        for k in (-1, 1):
+            pen.limb((k * r, 0.05), (k * r * 1.05, 0.13), 0.012 * v, 0.014 * v, hair)
+
 
 def _face(pen, p, s, r, skin):
-    y, side = .078, s.view == "side"; eyes = (r * .55,) if side else (-r * .44, r * .44)
-    for x in eyes: pen.oval(x, y - .004, .0055, .006, (30, 26, 26))
-    mouth = (r * .35, r * .75) if side else (-r * .3, r * .3); pen.line([(x, y + .036) for x in mouth], darker(skin, .6), .006)
-    if not p.glasses: return
+    y, side = 0.078, s.view == "side"
+    eyes = (r * 0.55,) if side else (-r * 0.44, r * 0.44)
+    for x in eyes:
+        pen.oval(x, y - 0.004, 0.0055, 0.006, (30, 26, 26))
+    mouth = (r * 0.35, r * 0.75) if side else (-r * 0.3, r * 0.3)
+    pen.line([(x, y + 0.036) for x in mouth], darker(skin, 0.6), 0.006)
+    if not p.glasses:
+        return
     rim = (20, 20, 24)
-    for x in eyes: pen.oval(x, y - .002, .019, .0155, rim); pen.oval(x, y - .002, .011, .0085, rim if p.glasses == "sunglasses" else (196, 208, 216))
-    pen.line(((-r * .6 if side else -r, y - .005), (r, y - .005)), rim, .006)
+    for x in eyes:
+        pen.oval(x, y - 0.002, 0.019, 0.0155, rim)
+        pen.oval(x, y - 0.002, 0.011, 0.0085, rim if p.glasses == "sunglasses" else (196, 208, 216))
+    pen.line(((-r * 0.6 if side else -r, y - 0.005), (r, y - 0.005)), rim, 0.006)
 
 # %% ../../nbs/synth/01_paint.ipynb #36c08a8f
 def _hat(pen, p, s, r, rgb):
-    if p.hat == "sun hat": pen.oval(0, .05, r * 2., .02, darker(rgb, .8)); pen.oval(0, .045, r * 1.05, .058, rgb, start=180, end=360); return
-    pen.oval(0, .058, r * 1.13, .066, rgb, start=180, end=360)
-    if p.hat == "beanie": pen.box(-r * 1.13, .042, r * 1.13, .062, darker(rgb, .75)); pen.oval(0, -.008, .012, .012, rgb)
-    elif s.view == "side": pen.limb((r * .6, .054), (r * 2., .062), .012, .008, darker(rgb, .7))
-    elif s.view == "front": pen.oval(0, .06, r * 1.15, .015, darker(rgb, .7))
+    if p.hat == "sun hat":
+        pen.oval(0, 0.05, r * 2.0, 0.02, darker(rgb, 0.8))
+        pen.oval(0, 0.045, r * 1.05, 0.058, rgb, start=180, end=360)
+        return
+    pen.oval(0, 0.058, r * 1.13, 0.066, rgb, start=180, end=360)
+    if p.hat == "beanie":
+        pen.box(-r * 1.13, 0.042, r * 1.13, 0.062, darker(rgb, 0.75))
+        pen.oval(0, -0.008, 0.012, 0.012, rgb)
+    elif s.view == "side":
+        pen.limb((r * 0.6, 0.054), (r * 2.0, 0.062), 0.012, 0.008, darker(rgb, 0.7))
+    elif s.view == "front":
+        pen.oval(0, 0.06, r * 1.15, 0.015, darker(rgb, 0.7))
+
 
 def _head(pen, p, s, q, col):
-    skin, hair, r, v = col["skin"], col.get("hair"), .047 * pen.look.head * (1 + .06 * q["head"]), 1 + .18 * q["volume"]
-    pen.limb((0, .12), (0, .175), .024, .028, darker(skin, .85))
-    if hair: _falling(pen, p, s, q, hair, r, v)
-    pen.oval(0, .078, r, .066, hair if hair and s.view == "back" else skin)
-    if s.view == "side": pen.poly(((r * .85, .068), (r * 1.3, .096), (r * .85, .1)), skin)
-    if hair: _crown(pen, p, s, q, hair, r, v)
-    if s.view != "back": _face(pen, p, s, r, skin)
-    if p.hat: _hat(pen, p, s, r, col["hat"])
+    skin, hair, r, v = (
+        col["skin"],
+        col.get("hair"),
+        0.047 * pen.look.head * (1 + 0.06 * q["head"]),
+        1 + 0.18 * q["volume"],
+    )
+    pen.limb((0, 0.12), (0, 0.175), 0.024, 0.028, darker(skin, 0.85))
+    if hair:
+        _falling(pen, p, s, q, hair, r, v)
+    pen.oval(0, 0.078, r, 0.066, hair if hair and s.view == "back" else skin)
+    if s.view == "side":
+        pen.poly(((r * 0.85, 0.068), (r * 1.3, 0.096), (r * 0.85, 0.1)), skin)
+    if hair:
+        _crown(pen, p, s, q, hair, r, v)
+    if s.view != "back":
+        _face(pen, p, s, r, skin)
+    if p.hat:
+        _hat(pen, p, s, r, col["hat"])
     if p.scarf:
-        pen.poly(((-.042, .138), (.042, .138), (.056, .188), (-.056, .188)), col["scarf"])
-        if s.view != "back": pen.limb((.028, .17), (.034, .31), .019, .021, col["scarf"])
+        pen.poly(((-0.042, 0.138), (0.042, 0.138), (0.056, 0.188), (-0.056, 0.188)), col["scarf"])
+        if s.view != "back":
+            pen.limb((0.028, 0.17), (0.034, 0.31), 0.019, 0.021, col["scarf"])
 
 # %% ../../nbs/synth/01_paint.ipynb #d09ca7e8
 def _backpack(pen, s, rgb, f, behind):
     if s.view == "side":
-        if behind: pen.poly(((-.05, .185), (-.05 - .085 * f, .215), (-.06 - .095 * f, .37), (-.03, .41)), rgb)
-        else: pen.line(((-.03, .185), (.035, .25), (-.03, .36)), rgb, .02)
-    elif behind: return
+        if behind:
+            pen.poly(
+                ((-0.05, 0.185), (-0.05 - 0.085 * f, 0.215), (-0.06 - 0.095 * f, 0.37), (-0.03, 0.41)), rgb
+            )
+        else:
+            pen.line(((-0.03, 0.185), (0.035, 0.25), (-0.03, 0.36)), rgb, 0.02)
+    elif behind:
+        return
     elif s.view == "front":
-        for k in (-1, 1): pen.line(((k * .065, .175), (k * .075, .27), (k * .095, .36)), rgb, .021)
+        for k in (-1, 1):
+            pen.line(((k * 0.065, 0.175), (k * 0.075, 0.27), (k * 0.095, 0.36)), rgb, 0.021)
     else:
-        pen.limb((0, .2), (0, .41), .075 * f, .085 * f, rgb); pen.box(-.06 * f, .32, .06 * f, .395, darker(rgb, .7))
-        pen.line(((-.06 * f, .25), (.06 * f, .25)), darker(rgb, 1.4), .007)
+        pen.limb((0, 0.2), (0, 0.41), 0.075 * f, 0.085 * f, rgb)
+        pen.box(-0.06 * f, 0.32, 0.06 * f, 0.395, darker(rgb, 0.7))
+        pen.line(((-0.06 * f, 0.25), (0.06 * f, 0.25)), darker(rgb, 1.4), 0.007)
+
 
 def _bag(pen, p, s, q, col, behind):
-    if not p.bag: return
-    rgb, f, side, k = col["bag"], 1 + .15 * q["bag_size"], s.view == "side", -1 if s.view == "back" else 1
-    if p.bag == "backpack": return _backpack(pen, s, rgb, f, behind)
-    if behind: return
-    dark, (x, y) = darker(rgb, .7), (0., .47) if side else (k * .145, .475)  # the hand
+    if not p.bag:
+        return
+    rgb, f, side, k = col["bag"], 1 + 0.15 * q["bag_size"], s.view == "side", -1 if s.view == "back" else 1
+    if p.bag == "backpack":
+        return _backpack(pen, s, rgb, f, behind)
+    if behind:
+        return
+    dark, (x, y) = darker(rgb, 0.7), (0.0, 0.47) if side else (k * 0.145, 0.475)  # the hand
     if p.bag == "shoulder bag":
-        at = 0 if side else k * .12; pen.line(((0 if side else -k * .085, .175), (at, .43)), dark, .015)
-        pen.box(at - .045 * f, .42, at + .045 * f, .53, rgb)
+        at = 0 if side else k * 0.12
+        pen.line(((0 if side else -k * 0.085, 0.175), (at, 0.43)), dark, 0.015)
+        pen.box(at - 0.045 * f, 0.42, at + 0.045 * f, 0.53, rgb)
     if p.bag in ("handbag", "shopping bag"):
-        deep = .125 if p.bag == "handbag" else .19; pen.line(((x - .03, y + .04), (x, y), (x + .03, y + .04)), dark, .01)
-        pen.poly(((x - .04 * f, y + .04), (x + .04 * f, y + .04), (x + .055 * f, y + deep), (x - .055 * f, y + deep)), rgb)
+        deep = 0.125 if p.bag == "handbag" else 0.19
+        pen.line(((x - 0.03, y + 0.04), (x, y), (x + 0.03, y + 0.04)), dark, 0.01)
+        pen.poly(
+            (
+                (x - 0.04 * f, y + 0.04),
+                (x + 0.04 * f, y + 0.04),
+                (x + 0.055 * f, y + deep),
+                (x - 0.055 * f, y + deep),
+            ),
+            rgb,
+        )
     if p.bag == "suitcase":
-        at = -.17 if side else k * .165; pen.line(((at, .76), (at, .5), (x, y)), (70, 70, 74), .012)
-        pen.box(at - .055 * f, .74, at + .055 * f, .97, rgb); pen.line(((at, .76), (at, .95)), dark, .012)
+        at = -0.17 if side else k * 0.165
+        pen.line(((at, 0.76), (at, 0.5), (x, y)), (70, 70, 74), 0.012)
+        pen.box(at - 0.055 * f, 0.74, at + 0.055 * f, 0.97, rgb)
+        pen.line(((at, 0.76), (at, 0.95)), dark, 0.012)
 
 # %% ../../nbs/synth/01_paint.ipynb #e6c880de
 def paint(
-    image:Image.Image, # the canvas, drawn on in place
-    p:Person, # who
-    s:Shot, # how
-    look:Look, # in which style
-    tilt:float=0., # how far the camera looks down
-    light:int=1, # the side of the light
-) -> tuple: # top row and height of the body, pixels
+    image: Image.Image,  # the canvas, drawn on in place
+    p: Person,  # who
+    s: Shot,  # how
+    look: Look,  # in which style
+    tilt: float = 0.0,  # how far the camera looks down
+    light: int = 1,  # the side of the light
+) -> tuple:  # top row and height of the body, pixels
     "Draw a person on a canvas, back to front (ours)."
     q, col, cut, h = p.quirk(), worn(p, look), UPPER[p.upper], image.height
-    tall = h * s.scale * (1 + .035 * q["height"]) * (.97 if p.sex == "female" else 1.); top = h * .985 - tall
-    if s.cover == "cut": tall /= 1 - s.hidden  # the feet fall below the frame
-    pen = Pen(image, image.width / 2 + s.dx * tall, top, tall, 1 + .05 * q["width"], s.flip if s.view == "side" else 1, tilt, look, light)
+    tall = h * s.scale * (1 + 0.035 * q["height"]) * (0.97 if p.sex == "female" else 1.0)
+    top = h * 0.985 - tall
+    if s.cover == "cut":
+        tall /= 1 - s.hidden  # the feet fall below the frame
+    pen = Pen(
+        image,
+        image.width / 2 + s.dx * tall,
+        top,
+        tall,
+        1 + 0.05 * q["width"],
+        s.flip if s.view == "side" else 1,
+        tilt,
+        look,
+        light,
+    )
     head, arms = lambda: _head(pen, p, s, q, col), lambda: _arms(pen, p, s, q, col, cut)
-    bag = lambda behind=False: _bag(pen, p, s, q, col, behind)
-    bag(True); _legs(pen, p, s, q, col); _torso(pen, p, s, q, col, cut)
-    if s.view == "back": order = (arms, head, bag)
-    elif s.view == "front" and p.bag == "backpack": order = (head, bag, arms)
-    else: order = (head, arms, bag)
-    for part in order: part()
+
+    def bag(behind=False):
+        return _bag(pen, p, s, q, col, behind)
+
+    bag(True)
+    _legs(pen, p, s, q, col)
+    _torso(pen, p, s, q, col, cut)
+    if s.view == "back":
+        order = (arms, head, bag)
+    elif s.view == "front" and p.bag == "backpack":
+        order = (head, bag, arms)
+    else:
+        order = (head, arms, bag)
+    for part in order:
+        part()
     return top, tall

@@ -14,35 +14,74 @@ from functools import lru_cache
 import numpy as np
 
 # %% ../../nbs/synth/00_people.ipynb #00f5d2c1
-QUIRKS = ("height", "width", "shoulder", "legs", "head", "volume", "upper_h", "upper_s", "upper_v", "lower_h", "lower_s",
-          "lower_v", "tress", "skin", "shoes", "bag", "bag_size", "hem", "sleeve", "spacing", "length", "phase", "cut", "inner")
+QUIRKS = (
+    "height",
+    "width",
+    "shoulder",
+    "legs",
+    "head",
+    "volume",
+    "upper_h",
+    "upper_s",
+    "upper_v",
+    "lower_h",
+    "lower_s",
+    "lower_v",
+    "tress",
+    "skin",
+    "shoes",
+    "bag",
+    "bag_size",
+    "hem",
+    "sleeve",
+    "spacing",
+    "length",
+    "phase",
+    "cut",
+    "inner",
+)
+
 
 @dataclass(frozen=True)
 class Person:
     "Who is drawn: 22 attributes a caption can name, and quirks that only an image shows (ours)."
-    sex:str; build:str; skin:str         # male, female; slim, medium, heavy; light, tan, dark
-    hair:str; hair_colour:str            # bald, short, medium, long, ponytail, bun; a hair colour, "" if bald
-    upper:str; upper_colour:str          # a key of `UPPER`; a colour name of the palette
-    pattern:str; pattern_colour:str      # plain, striped, pinstriped, checked, dotted, logo, block, raglan; "" if plain
-    inner_colour:str                     # what an open jacket shows underneath; "" if it is closed
-    lower:str; lower_colour:str          # a key of `LOWER`, "" under a dress
-    lower_pattern:str                    # plain, striped (down the seam), checked
-    shoes:str; shoes_colour:str          # sneakers, boots, sandals, shoes
-    bag:str; bag_colour:str              # backpack, shoulder bag, handbag, suitcase, shopping bag; "" if none
-    hat:str; hat_colour:str              # cap, beanie, sun hat; "" if none
-    glasses:str; scarf:str               # glasses, sunglasses; the scarf's colour; "" if none
-    belt:str                             # its colour, "" if none shows
-    quirks:tuple = (0.,) * len(QUIRKS)   # one number in [-1, 1] for each name in QUIRKS
+
+    sex: str
+    build: str
+    skin: str  # male, female; slim, medium, heavy; light, tan, dark
+    hair: str
+    hair_colour: str  # bald, short, medium, long, ponytail, bun; a hair colour, "" if bald
+    upper: str
+    upper_colour: str  # a key of `UPPER`; a colour name of the palette
+    pattern: str
+    pattern_colour: str  # plain, striped, pinstriped, checked, dotted, logo, block, raglan; "" if plain
+    inner_colour: str  # what an open jacket shows underneath; "" if it is closed
+    lower: str
+    lower_colour: str  # a key of `LOWER`, "" under a dress
+    lower_pattern: str  # plain, striped (down the seam), checked
+    shoes: str
+    shoes_colour: str  # sneakers, boots, sandals, shoes
+    bag: str
+    bag_colour: str  # backpack, shoulder bag, handbag, suitcase, shopping bag; "" if none
+    hat: str
+    hat_colour: str  # cap, beanie, sun hat; "" if none
+    glasses: str
+    scarf: str  # glasses, sunglasses; the scarf's colour; "" if none
+    belt: str  # its colour, "" if none shows
+    quirks: tuple = (0.0,) * len(QUIRKS)  # one number in [-1, 1] for each name in QUIRKS
+
     def quirk(self) -> dict:
         "The quirks by name (ours)."
         return dict(zip(QUIRKS, self.quirks))
 
+
 ATTRIBUTES = tuple(f.name for f in fields(Person) if f.name != "quirks")
 
+
 def differences(
-    a:Person, # one person
-    b:Person, # another
-) -> tuple: # names of the attributes in which they differ
+    a: Person,  # one person
+    b: Person,  # another
+) -> tuple:  # names of the attributes in which they differ
     "The attributes that tell two people apart in words (ours)."
     return tuple(n for n in ATTRIBUTES if getattr(a, n) != getattr(b, n))
 
@@ -50,38 +89,66 @@ def differences(
 @dataclass(frozen=True)
 class Cut:
     "The measures of a garment, in parts of the body's height (ours)."
-    sleeve:float = 0.  # share of the arm that is covered, 0..1
-    hem:float = .52    # where it ends, 0 head .. 1 soles
-    wide:float = 1.    # width against the body's
-    opens:bool = False # may be worn open
-    hood:bool = False  # a hood on the shoulders
-    collar:bool = False # a lighter collar and a button line
 
-UPPER = {"t-shirt": Cut(.36), "shirt": Cut(.95, .53, collar=True), "sweater": Cut(1., .51, 1.07), "hoodie": Cut(1., .52, 1.1, hood=True),
-         "jacket": Cut(1., .50, 1.12, opens=True), "coat": Cut(1., .70, 1.12, opens=True), "parka": Cut(1., .62, 1.22, opens=True, hood=True),
-         "cardigan": Cut(.97, .58, 1.03, opens=True), "vest": Cut(0., .50, 1.1, opens=True), "blazer": Cut(1., .55, 1.07, opens=True, collar=True),
-         "tank top": Cut(0., .51, .95), "polo": Cut(.4, .52, collar=True), "dress": Cut(.22, .70, 1.)}
-LOWER = {"trousers": Cut(hem=.955), "jeans": Cut(hem=.945, wide=.9), "shorts": Cut(hem=.68, wide=1.15), "leggings": Cut(hem=.93, wide=.72),
-         "skirt": Cut(hem=.66, wide=1.05), "long skirt": Cut(hem=.86, wide=1.15), "capris": Cut(hem=.83, wide=.95)}
+    sleeve: float = 0.0  # share of the arm that is covered, 0..1
+    hem: float = 0.52  # where it ends, 0 head .. 1 soles
+    wide: float = 1.0  # width against the body's
+    opens: bool = False  # may be worn open
+    hood: bool = False  # a hood on the shoulders
+    collar: bool = False  # a lighter collar and a button line
+
+
+UPPER = {
+    "t-shirt": Cut(0.36),
+    "shirt": Cut(0.95, 0.53, collar=True),
+    "sweater": Cut(1.0, 0.51, 1.07),
+    "hoodie": Cut(1.0, 0.52, 1.1, hood=True),
+    "jacket": Cut(1.0, 0.50, 1.12, opens=True),
+    "coat": Cut(1.0, 0.70, 1.12, opens=True),
+    "parka": Cut(1.0, 0.62, 1.22, opens=True, hood=True),
+    "cardigan": Cut(0.97, 0.58, 1.03, opens=True),
+    "vest": Cut(0.0, 0.50, 1.1, opens=True),
+    "blazer": Cut(1.0, 0.55, 1.07, opens=True, collar=True),
+    "tank top": Cut(0.0, 0.51, 0.95),
+    "polo": Cut(0.4, 0.52, collar=True),
+    "dress": Cut(0.22, 0.70, 1.0),
+}
+LOWER = {
+    "trousers": Cut(hem=0.955),
+    "jeans": Cut(hem=0.945, wide=0.9),
+    "shorts": Cut(hem=0.68, wide=1.15),
+    "leggings": Cut(hem=0.93, wide=0.72),
+    "skirt": Cut(hem=0.66, wide=1.05),
+    "long skirt": Cut(hem=0.86, wide=1.15),
+    "capris": Cut(hem=0.83, wide=0.95),
+}
 SKIN = {"light": (232, 192, 164), "tan": (198, 148, 110), "dark": (116, 78, 56)}
-HAIR = {"black": (26, 22, 22), "brown": (92, 58, 34), "blond": (208, 170, 96), "grey": (158, 158, 158), "red": (154, 70, 30)}
+HAIR = {
+    "black": (26, 22, 22),
+    "brown": (92, 58, 34),
+    "blond": (208, 170, 96),
+    "grey": (158, 158, 158),
+    "red": (154, 70, 30),
+}
 
 # %% ../../nbs/synth/00_people.ipynb #06018cf2
 def tint(
-    rgb, # centre of a colour name, three numbers 0..255
-    h:float=0., # quirk of the hue, -1..1
-    s:float=0., # quirk of the saturation, -1..1
-    v:float=0., # quirk of the brightness, -1..1
-) -> tuple: # r, g, b as integers 0..255
+    rgb,  # centre of a colour name, three numbers 0..255
+    h: float = 0.0,  # quirk of the hue, -1..1
+    s: float = 0.0,  # quirk of the saturation, -1..1
+    v: float = 0.0,  # quirk of the brightness, -1..1
+) -> tuple:  # r, g, b as integers 0..255
     "A person's own shade of a named colour (ours)."
     a, b, c = colorsys.rgb_to_hsv(*(x / 255 for x in rgb))
-    b = min(max(b * (1 + .28 * s), 0), 1); c = min(max(c * (1 + .17 * v) + .035 * v, .03), 1)
-    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb((a + .026 * h) % 1, b, c))
+    b = min(max(b * (1 + 0.28 * s), 0), 1)
+    c = min(max(c * (1 + 0.17 * v) + 0.035 * v, 0.03), 1)
+    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb((a + 0.026 * h) % 1, b, c))
+
 
 def darker(
-    rgb, # three numbers 0..255
-    f:float=.75, # factor; above 1 brightens
-) -> tuple: # r, g, b as integers 0..255
+    rgb,  # three numbers 0..255
+    f: float = 0.75,  # factor; above 1 brightens
+) -> tuple:  # r, g, b as integers 0..255
     "A colour in the shade, or in the light (ours)."
     return tuple(min(255, round(x * f)) for x in rgb)
 
@@ -89,144 +156,383 @@ def darker(
 @dataclass(frozen=True, eq=False)
 class Look:
     "A drawing style: palette, frequencies, and how limbs are drawn (ours)."
-    palette:dict            # colour name -> centre (r, g, b)
-    weights:dict            # attribute, or attribute/sex -> {value: weight}
-    rounded:bool = False    # round joints and heads in place of polygons
-    shading:float = .78     # the shadow side's factor; 1 draws flat
-    limb:float = 1.         # thickness of arms and legs
-    head:float = 1.         # size of the head
-    def pick(self, rng, name:str, sex:str="") -> str:
+
+    palette: dict  # colour name -> centre (r, g, b)
+    weights: dict  # attribute, or attribute/sex -> {value: weight}
+    rounded: bool = False  # round joints and heads in place of polygons
+    shading: float = 0.78  # the shadow side's factor; 1 draws flat
+    limb: float = 1.0  # thickness of arms and legs
+    head: float = 1.0  # size of the head
+
+    def pick(self, rng, name: str, sex: str = "") -> str:
         "One value of an attribute, by its weights (ours)."
         table = self.weights.get(f"{name}/{sex}") or self.weights[name]
         at = rng.random() * sum(table.values())
         for value, weight in table.items():
             at -= weight
-            if at < 0: return value
+            if at < 0:
+                return value
         return value
 
 # %% ../../nbs/synth/00_people.ipynb #6793ebe2
 def draw_person(
-    rng:np.random.Generator, # consumed
-    look:Look, # whose frequencies
-) -> Person: # with quirks
+    rng: np.random.Generator,  # consumed
+    look: Look,  # whose frequencies
+) -> Person:  # with quirks
     "A person drawn attribute by attribute (ours)."
-    sex = look.pick(rng, "sex"); pick = lambda name: look.pick(rng, name, sex)
-    a = {n: pick(n) for n in ("build", "skin", "hair", "hair_colour", "upper", "upper_colour", "pattern", "lower", "lower_colour",
-                              "lower_pattern", "shoes", "shoes_colour", "bag", "hat", "glasses")}
-    other = lambda name, taken: next(c for c in iter(lambda: pick(name), None) if c != taken)
-    maybe = lambda name, have: pick(name) if have else ""
-    if a["hair"] == "bald": a["hair_colour"] = ""
-    if a["upper"] == "dress": a |= dict(lower="", lower_colour="", lower_pattern="")
-    if a["lower"] in ("jeans", "leggings"): a["lower_pattern"] = "plain"
-    opened = UPPER[a["upper"]].opens and rng.random() < .6
+    sex = look.pick(rng, "sex")
+
+    def pick(name):
+        return look.pick(rng, name, sex)
+
+    a = {
+        n: pick(n)
+        for n in (
+            "build",
+            "skin",
+            "hair",
+            "hair_colour",
+            "upper",
+            "upper_colour",
+            "pattern",
+            "lower",
+            "lower_colour",
+            "lower_pattern",
+            "shoes",
+            "shoes_colour",
+            "bag",
+            "hat",
+            "glasses",
+        )
+    }
+
+    def other(name, taken):
+        return next(c for c in iter(lambda: pick(name), None) if c != taken)
+
+    def maybe(name, have):
+        return pick(name) if have else ""
+
+    if a["hair"] == "bald":
+        a["hair_colour"] = ""
+    if a["upper"] == "dress":
+        a |= dict(lower="", lower_colour="", lower_pattern="")
+    if a["lower"] in ("jeans", "leggings"):
+        a["lower_pattern"] = "plain"
+    opened = UPPER[a["upper"]].opens and rng.random() < 0.6
     a["pattern_colour"] = "" if a["pattern"] == "plain" else other("pattern_colour", a["upper_colour"])
     a["inner_colour"] = other("inner_colour", a["upper_colour"]) if opened else ""
-    a["bag_colour"] = maybe("bag_colour", a["bag"]); a["hat_colour"] = maybe("hat_colour", a["hat"])
-    a["scarf"] = maybe("scarf_colour", pick("scarf")); a["belt"] = maybe("belt_colour", pick("belt") and a["lower"])
+    a["bag_colour"] = maybe("bag_colour", a["bag"])
+    a["hat_colour"] = maybe("hat_colour", a["hat"])
+    a["scarf"] = maybe("scarf_colour", pick("scarf"))
+    a["belt"] = maybe("belt_colour", pick("belt") and a["lower"])
     return Person(sex=sex, **a, quirks=tuple(rng.uniform(-1, 1, len(QUIRKS)).round(3).tolist()))
 
 # %% ../../nbs/synth/00_people.ipynb #d21a178b
-def _even(words): return {w: 1 for w in words.split()}
+def _even(words):
+    return {w: 1 for w in words.split()}
 
-_BODY = {"sex": {"male": 1, "female": 1}, "build": {"slim": 1, "medium": 2, "heavy": 1}, "skin": {"light": 3, "tan": 2, "dark": 1.3},
-         "hair/male": {"short": 7, "bald": 1, "medium": 1.2, "bun": .3}, "hair/female": {"long": 4, "medium": 2.5, "ponytail": 2.5, "bun": 1.2, "short": 1},
-         "hair_colour": {"black": 4, "brown": 3, "blond": 1.6, "grey": 1, "red": .7}, "glasses": {"": 6, "glasses": 2, "sunglasses": 1}}
+
+_BODY = {
+    "sex": {"male": 1, "female": 1},
+    "build": {"slim": 1, "medium": 2, "heavy": 1},
+    "skin": {"light": 3, "tan": 2, "dark": 1.3},
+    "hair/male": {"short": 7, "bald": 1, "medium": 1.2, "bun": 0.3},
+    "hair/female": {"long": 4, "medium": 2.5, "ponytail": 2.5, "bun": 1.2, "short": 1},
+    "hair_colour": {"black": 4, "brown": 3, "blond": 1.6, "grey": 1, "red": 0.7},
+    "glasses": {"": 6, "glasses": 2, "sunglasses": 1},
+}
 
 STREET = Look(
-    dict(black=(30, 30, 34), white=(226, 226, 222), grey=(126, 128, 132), red=(186, 40, 42), maroon=(100, 28, 44), blue=(54, 96, 178),
-         navy=(32, 40, 84), green=(50, 122, 66), khaki=(136, 130, 84), teal=(24, 122, 126), yellow=(218, 190, 62), orange=(216, 114, 44),
-         pink=(220, 140, 160), purple=(108, 64, 138), brown=(100, 68, 46), beige=(202, 182, 146)),
-    _BODY | {"upper/male": {"t-shirt": 4, "shirt": 2.5, "sweater": 2, "hoodie": 2, "jacket": 3.5, "coat": 1.5, "parka": 1.2, "cardigan": .6, "vest": .6},
-     "upper/female": {"t-shirt": 3, "shirt": 2, "sweater": 2, "hoodie": 1, "jacket": 2.5, "coat": 2, "parka": 1, "cardigan": 2, "vest": .4, "dress": 2},
-     "upper_colour": _even("red maroon blue navy green khaki teal yellow orange pink purple brown beige") | {"black": 3, "white": 2.6, "grey": 2},
-     "pattern": {"plain": 6, "striped": 1.6, "checked": 1, "logo": 1.6, "block": 1, "raglan": .8, "dotted": .5},
-     "pattern_colour": _even("red blue navy green yellow orange pink purple brown") | {"white": 4, "black": 3, "grey": 2},
-     "inner_colour": _even("red blue green yellow pink grey") | {"white": 4, "black": 2},
-     "lower/male": {"trousers": 4, "jeans": 4, "shorts": 2.5}, "lower/female": {"trousers": 2.5, "jeans": 3, "shorts": 1.5, "skirt": 2, "leggings": 1.6, "long skirt": .8},
-     "lower_colour": {"black": 4, "blue": 3.5, "navy": 2.5, "grey": 2.2, "khaki": 1.6, "beige": 1.6, "white": 1.2, "brown": 1.2, "green": .5, "red": .5, "maroon": .5},
-     "lower_pattern": {"plain": 8, "striped": 1, "checked": .7}, "shoes": {"sneakers": 5, "shoes": 3, "boots": 1.6, "sandals": 1},
-     "shoes_colour": {"black": 4, "white": 3.5, "brown": 2, "grey": 1.5, "red": .8, "blue": .8},
-     "bag/male": {"": 5, "backpack": 4, "shoulder bag": 1.5, "suitcase": .6, "shopping bag": .7}, "bag/female": {"": 3.5, "backpack": 2.5, "shoulder bag": 2.5, "handbag": 2, "suitcase": .5, "shopping bag": .7},
-     "bag_colour": _even("red blue green pink yellow purple") | {"black": 4, "grey": 1.5, "brown": 2, "white": 1.4}, "hat": {"": 7, "cap": 1.6, "beanie": 1, "sun hat": .5},
-     "hat_colour": _even("red blue white grey green beige") | {"black": 2.5}, "scarf": {"": 8, "yes": 1}, "scarf_colour": _even("red grey white blue purple green orange black"),
-     "belt": {"": 8, "yes": 1}, "belt_colour": {"black": 2, "brown": 1.5, "white": .5}})
+    dict(
+        black=(30, 30, 34),
+        white=(226, 226, 222),
+        grey=(126, 128, 132),
+        red=(186, 40, 42),
+        maroon=(100, 28, 44),
+        blue=(54, 96, 178),
+        navy=(32, 40, 84),
+        green=(50, 122, 66),
+        khaki=(136, 130, 84),
+        teal=(24, 122, 126),
+        yellow=(218, 190, 62),
+        orange=(216, 114, 44),
+        pink=(220, 140, 160),
+        purple=(108, 64, 138),
+        brown=(100, 68, 46),
+        beige=(202, 182, 146),
+    ),
+    _BODY
+    | {
+        "upper/male": {
+            "t-shirt": 4,
+            "shirt": 2.5,
+            "sweater": 2,
+            "hoodie": 2,
+            "jacket": 3.5,
+            "coat": 1.5,
+            "parka": 1.2,
+            "cardigan": 0.6,
+            "vest": 0.6,
+        },
+        "upper/female": {
+            "t-shirt": 3,
+            "shirt": 2,
+            "sweater": 2,
+            "hoodie": 1,
+            "jacket": 2.5,
+            "coat": 2,
+            "parka": 1,
+            "cardigan": 2,
+            "vest": 0.4,
+            "dress": 2,
+        },
+        "upper_colour": _even("red maroon blue navy green khaki teal yellow orange pink purple brown beige")
+        | {"black": 3, "white": 2.6, "grey": 2},
+        "pattern": {
+            "plain": 6,
+            "striped": 1.6,
+            "checked": 1,
+            "logo": 1.6,
+            "block": 1,
+            "raglan": 0.8,
+            "dotted": 0.5,
+        },
+        "pattern_colour": _even("red blue navy green yellow orange pink purple brown")
+        | {"white": 4, "black": 3, "grey": 2},
+        "inner_colour": _even("red blue green yellow pink grey") | {"white": 4, "black": 2},
+        "lower/male": {"trousers": 4, "jeans": 4, "shorts": 2.5},
+        "lower/female": {
+            "trousers": 2.5,
+            "jeans": 3,
+            "shorts": 1.5,
+            "skirt": 2,
+            "leggings": 1.6,
+            "long skirt": 0.8,
+        },
+        "lower_colour": {
+            "black": 4,
+            "blue": 3.5,
+            "navy": 2.5,
+            "grey": 2.2,
+            "khaki": 1.6,
+            "beige": 1.6,
+            "white": 1.2,
+            "brown": 1.2,
+            "green": 0.5,
+            "red": 0.5,
+            "maroon": 0.5,
+        },
+        "lower_pattern": {"plain": 8, "striped": 1, "checked": 0.7},
+        "shoes": {"sneakers": 5, "shoes": 3, "boots": 1.6, "sandals": 1},
+        "shoes_colour": {"black": 4, "white": 3.5, "brown": 2, "grey": 1.5, "red": 0.8, "blue": 0.8},
+        "bag/male": {"": 5, "backpack": 4, "shoulder bag": 1.5, "suitcase": 0.6, "shopping bag": 0.7},
+        "bag/female": {
+            "": 3.5,
+            "backpack": 2.5,
+            "shoulder bag": 2.5,
+            "handbag": 2,
+            "suitcase": 0.5,
+            "shopping bag": 0.7,
+        },
+        "bag_colour": _even("red blue green pink yellow purple")
+        | {"black": 4, "grey": 1.5, "brown": 2, "white": 1.4},
+        "hat": {"": 7, "cap": 1.6, "beanie": 1, "sun hat": 0.5},
+        "hat_colour": _even("red blue white grey green beige") | {"black": 2.5},
+        "scarf": {"": 8, "yes": 1},
+        "scarf_colour": _even("red grey white blue purple green orange black"),
+        "belt": {"": 8, "yes": 1},
+        "belt_colour": {"black": 2, "brown": 1.5, "white": 0.5},
+    },
+)
 
 # %% ../../nbs/synth/00_people.ipynb #aef7e1d5
-_BRIGHT = _even("black white grey red crimson blue green olive turquoise yellow orange pink purple brown beige")
+_BRIGHT = _even(
+    "black white grey red crimson blue green olive turquoise yellow orange pink purple brown beige"
+)
 STUDIO = Look(
-    dict(black=(10, 10, 10), white=(250, 250, 250), grey=(158, 158, 162), red=(232, 28, 30), crimson=(160, 12, 60), blue=(28, 84, 232),
-         green=(26, 170, 50), olive=(112, 122, 28), turquoise=(56, 204, 206), yellow=(250, 226, 34), orange=(252, 142, 20), pink=(250, 112, 184),
-         purple=(148, 52, 204), brown=(136, 82, 32), beige=(234, 212, 170)),
-    _BODY | {"upper/male": _even("t-shirt shirt sweater hoodie jacket coat blazer polo") | {"tank top": 1},
-     "upper/female": _even("t-shirt shirt sweater hoodie jacket coat blazer dress") | {"tank top": 1}, "upper_colour": _BRIGHT,
-     "pattern": {"plain": 4, "striped": 1.5, "checked": 1.2, "logo": 1, "block": 1, "pinstriped": 1, "dotted": 1.2}, "pattern_colour": _BRIGHT, "inner_colour": _BRIGHT,
-     "lower/male": _even("trousers jeans shorts capris"), "lower/female": _even("trousers jeans shorts skirt leggings capris") | {"long skirt": 1},
-     "lower_colour": _BRIGHT, "lower_pattern": {"plain": 6, "striped": 1, "checked": 1}, "shoes": _even("sneakers shoes boots sandals"), "shoes_colour": _BRIGHT,
-     "bag": {"": 4, "backpack": 2, "shoulder bag": 2, "handbag": 2, "suitcase": 1}, "bag_colour": _BRIGHT, "hat": {"": 4, "cap": 1, "beanie": 1, "sun hat": 1}, "hat_colour": _BRIGHT,
-     "scarf": {"": 4, "yes": 1}, "scarf_colour": _BRIGHT, "belt": {"": 6, "yes": 1}, "belt_colour": _BRIGHT}, rounded=True, shading=1., limb=1.25, head=1.2)
+    dict(
+        black=(10, 10, 10),
+        white=(250, 250, 250),
+        grey=(158, 158, 162),
+        red=(232, 28, 30),
+        crimson=(160, 12, 60),
+        blue=(28, 84, 232),
+        green=(26, 170, 50),
+        olive=(112, 122, 28),
+        turquoise=(56, 204, 206),
+        yellow=(250, 226, 34),
+        orange=(252, 142, 20),
+        pink=(250, 112, 184),
+        purple=(148, 52, 204),
+        brown=(136, 82, 32),
+        beige=(234, 212, 170),
+    ),
+    _BODY
+    | {
+        "upper/male": _even("t-shirt shirt sweater hoodie jacket coat blazer polo") | {"tank top": 1},
+        "upper/female": _even("t-shirt shirt sweater hoodie jacket coat blazer dress") | {"tank top": 1},
+        "upper_colour": _BRIGHT,
+        "pattern": {
+            "plain": 4,
+            "striped": 1.5,
+            "checked": 1.2,
+            "logo": 1,
+            "block": 1,
+            "pinstriped": 1,
+            "dotted": 1.2,
+        },
+        "pattern_colour": _BRIGHT,
+        "inner_colour": _BRIGHT,
+        "lower/male": _even("trousers jeans shorts capris"),
+        "lower/female": _even("trousers jeans shorts skirt leggings capris") | {"long skirt": 1},
+        "lower_colour": _BRIGHT,
+        "lower_pattern": {"plain": 6, "striped": 1, "checked": 1},
+        "shoes": _even("sneakers shoes boots sandals"),
+        "shoes_colour": _BRIGHT,
+        "bag": {"": 4, "backpack": 2, "shoulder bag": 2, "handbag": 2, "suitcase": 1},
+        "bag_colour": _BRIGHT,
+        "hat": {"": 4, "cap": 1, "beanie": 1, "sun hat": 1},
+        "hat_colour": _BRIGHT,
+        "scarf": {"": 4, "yes": 1},
+        "scarf_colour": _BRIGHT,
+        "belt": {"": 6, "yes": 1},
+        "belt_colour": _BRIGHT,
+    },
+    rounded=True,
+    shading=1.0,
+    limb=1.25,
+    head=1.2,
+)
 
 # %% ../../nbs/synth/00_people.ipynb #dbaeaf01
 @lru_cache(maxsize=256)
 def worn(
-    p:Person, # who
-    look:Look, # whose palette
-) -> dict: # part -> (r, g, b), to be read only; a part that is not there is missing
+    p: Person,  # who
+    look: Look,  # whose palette
+) -> dict:  # part -> (r, g, b), to be read only; a part that is not there is missing
     "The colours a person actually wears: the named colour, moved by the quirks (ours)."
-    q = p.quirk(); u, l, bag = (q["upper_h"], q["upper_s"], q["upper_v"]), (q["lower_h"], q["lower_s"], q["lower_v"]), (0, q["bag"], -q["bag"])
-    parts = dict(upper=(p.upper_colour, *u), lower=(p.lower_colour, *l), pattern=(p.pattern_colour, 0, q["inner"], q["inner"]), inner=(p.inner_colour, 0, 0, q["inner"]), shoes=(p.shoes_colour, 0, 0, q["shoes"]),
-                 bag=(p.bag_colour, *bag), hat=(p.hat_colour, *bag), scarf=(p.scarf, 0, q["inner"], 0), belt=(p.belt, 0, 0, 0))
+    q = p.quirk()
+    u, l, bag = (
+        (q["upper_h"], q["upper_s"], q["upper_v"]),
+        (q["lower_h"], q["lower_s"], q["lower_v"]),
+        (0, q["bag"], -q["bag"]),
+    )
+    parts = dict(
+        upper=(p.upper_colour, *u),
+        lower=(p.lower_colour, *l),
+        pattern=(p.pattern_colour, 0, q["inner"], q["inner"]),
+        inner=(p.inner_colour, 0, 0, q["inner"]),
+        shoes=(p.shoes_colour, 0, 0, q["shoes"]),
+        bag=(p.bag_colour, *bag),
+        hat=(p.hat_colour, *bag),
+        scarf=(p.scarf, 0, q["inner"], 0),
+        belt=(p.belt, 0, 0, 0),
+    )
     out = {k: tint(look.palette[name], *rest) for k, (name, *rest) in parts.items() if name}
-    return out | {"skin": tint(SKIN[p.skin], 0, 0, .6 * q["skin"])} | ({"hair": tint(HAIR[p.hair_colour], 0, 0, q["tress"])} if p.hair_colour else {})
+    return (
+        out
+        | {"skin": tint(SKIN[p.skin], 0, 0, 0.6 * q["skin"])}
+        | ({"hair": tint(HAIR[p.hair_colour], 0, 0, q["tress"])} if p.hair_colour else {})
+    )
 
 # %% ../../nbs/synth/00_people.ipynb #eedaf17e
-TRAITS = (("upper_colour",), ("lower_colour",), ("shoes_colour",), ("shoes", "shoes_colour"), ("hair", "hair_colour"), ("hair_colour",), ("pattern", "pattern_colour"),
-          ("bag", "bag_colour"), ("bag_colour",), ("hat", "hat_colour"), ("glasses",), ("scarf",), ("lower",), ("build",), ("skin",))
+TRAITS = (
+    ("upper_colour",),
+    ("lower_colour",),
+    ("shoes_colour",),
+    ("shoes", "shoes_colour"),
+    ("hair", "hair_colour"),
+    ("hair_colour",),
+    ("pattern", "pattern_colour"),
+    ("bag", "bag_colour"),
+    ("bag_colour",),
+    ("hat", "hat_colour"),
+    ("glasses",),
+    ("scarf",),
+    ("lower",),
+    ("build",),
+    ("skin",),
+)
 
-def _sound(p): # is every fact of this record one that a picture can show?
-    pairs = ((p.hair != "bald", p.hair_colour), (p.lower, p.lower_colour), (p.bag, p.bag_colour), (p.hat, p.hat_colour), (p.pattern != "plain", p.pattern_colour))
-    return all(bool(a) == bool(b) for a, b in pairs) and p.upper_colour not in (p.pattern_colour, p.inner_colour) and (p.lower not in ("jeans", "leggings") or p.lower_pattern == "plain")
+
+def _sound(p):  # is every fact of this record one that a picture can show?
+    pairs = (
+        (p.hair != "bald", p.hair_colour),
+        (p.lower, p.lower_colour),
+        (p.bag, p.bag_colour),
+        (p.hat, p.hat_colour),
+        (p.pattern != "plain", p.pattern_colour),
+    )
+    return (
+        all(bool(a) == bool(b) for a, b in pairs)
+        and p.upper_colour not in (p.pattern_colour, p.inner_colour)
+        and (p.lower not in ("jeans", "leggings") or p.lower_pattern == "plain")
+    )
+
 
 def twin(
-    rng:np.random.Generator, # consumed
-    p:Person, # whom to resemble
-    look:Look, # whose frequencies
-) -> Person: # differs from `p` in one or two attributes, and in all quirks
+    rng: np.random.Generator,  # consumed
+    p: Person,  # whom to resemble
+    look: Look,  # whose frequencies
+) -> Person:  # differs from `p` in one or two attributes, and in all quirks
     "A look-alike (ours)."
     while True:
         other, trait = draw_person(rng, look), TRAITS[rng.integers(len(TRAITS))]
         new = replace(p, quirks=other.quirks, **{n: getattr(other, n) for n in trait})
-        if other.sex == p.sex and 1 <= len(differences(p, new)) <= 2 and _sound(new): return new
+        if other.sex == p.sex and 1 <= len(differences(p, new)) <= 2 and _sound(new):
+            return new
 
 # %% ../../nbs/synth/00_people.ipynb #31e7d1be
 @dataclass(frozen=True)
 class Shot:
     "One moment before one camera (ours)."
-    camera:int=0        # index into the style's cameras
-    view:str="front"    # front, back, side
-    flip:int=1          # 1 walks to the right, -1 to the left (side view)
-    stride:float=.3     # 0 stands .. 1 mid-step
-    scale:float=.9      # body height against the frame's
-    dx:float=0.         # how far off the middle, in body heights
-    cover:str=""        # what hides a part: "" nothing, "low" (a car, a hedge), "side" (a post), "cut" (a low frame)
-    hidden:float=0.     # share of the frame that it hides, 0..1
-    held:str=""         # "", phone, bottle, umbrella, book
-    light:float=1.      # this moment's light against the camera's usual
-    def sees(self, y:float) -> bool:
+
+    camera: int = 0  # index into the style's cameras
+    view: str = "front"  # front, back, side
+    flip: int = 1  # 1 walks to the right, -1 to the left (side view)
+    stride: float = 0.3  # 0 stands .. 1 mid-step
+    scale: float = 0.9  # body height against the frame's
+    dx: float = 0.0  # how far off the middle, in body heights
+    cover: str = (
+        ""  # what hides a part: "" nothing, "low" (a car, a hedge), "side" (a post), "cut" (a low frame)
+    )
+    hidden: float = 0.0  # share of the frame that it hides, 0..1
+    held: str = ""  # "", phone, bottle, umbrella, book
+    light: float = 1.0  # this moment's light against the camera's usual
+
+    def sees(self, y: float) -> bool:
         "Is the body at height `y` (0 head .. 1 soles) above whatever covers its lower part? (ours)."
         return self.cover not in ("low", "cut") or y < 1 - self.hidden
 
 # %% ../../nbs/synth/00_people.ipynb #5c044797
-def _nth(u, edges): return sum(u >= e for e in edges)  # which piece of [0, 1) holds u
+def _nth(u, edges):
+    return sum(u >= e for e in edges)  # which piece of [0, 1) holds u
+
 
 def draw_shot(
-    rng:np.random.Generator, # consumed
-    camera:int, # its index
-    views:tuple=(.4, .3, .3), # how often this camera sees front, back, side
-) -> Shot: # one image's circumstances
+    rng: np.random.Generator,  # consumed
+    camera: int,  # its index
+    views: tuple = (0.4, 0.3, 0.3),  # how often this camera sees front, back, side
+) -> Shot:  # one image's circumstances
     "Circumstances of one image (ours)."
     view = ("front", "back", "side")[_nth(rng.random() * sum(views), (views[0], views[0] + views[1]))]
-    cover = ("", "low", "cut", "side")[_nth(rng.random(), (.62, .75, .87))]
-    hidden = {"": 0., "low": rng.uniform(.06, .38), "cut": rng.uniform(.05, .33), "side": rng.uniform(.1, .3)}[cover]
-    held = ("", "phone", "bottle", "umbrella", "book")[_nth(rng.random(), (.8, .88, .94, .965))]
-    return Shot(camera, view, 1 if rng.random() < .5 else -1, float(rng.random()), float(rng.uniform(.84, .95)), float(rng.uniform(-.05, .05)),
-                cover, float(hidden), held, float(np.exp(rng.normal(0, .1))))
+    cover = ("", "low", "cut", "side")[_nth(rng.random(), (0.62, 0.75, 0.87))]
+    hidden = {
+        "": 0.0,
+        "low": rng.uniform(0.06, 0.38),
+        "cut": rng.uniform(0.05, 0.33),
+        "side": rng.uniform(0.1, 0.3),
+    }[cover]
+    held = ("", "phone", "bottle", "umbrella", "book")[_nth(rng.random(), (0.8, 0.88, 0.94, 0.965))]
+    return Shot(
+        camera,
+        view,
+        1 if rng.random() < 0.5 else -1,
+        float(rng.random()),
+        float(rng.uniform(0.84, 0.95)),
+        float(rng.uniform(-0.05, 0.05)),
+        cover,
+        float(hidden),
+        held,
+        float(np.exp(rng.normal(0, 0.1))),
+    )

@@ -14,12 +14,43 @@ from .captions import STREET_WORDS, Annotator
 
 # %% ../../nbs/synth/04_town.ipynb #e54a5050
 _EVEN = dict.fromkeys(STREET.palette, 1)
-TOWN = replace(STREET, weights=STREET.weights | dict.fromkeys(("upper_colour", "lower_colour", "pattern_colour", "inner_colour", "shoes_colour", "bag_colour", "hat_colour"), _EVEN) | {
-    "pattern": {"plain": 4, "striped": 1.6, "checked": 1, "logo": 1.6, "block": 1.4, "raglan": 1.2, "dotted": .8},
-    "hat": {"": 4, "cap": 1.6, "beanie": 1.2, "sun hat": .8}, "scarf": {"": 5, "yes": 1}})
+TOWN = replace(
+    STREET,
+    weights=STREET.weights
+    | dict.fromkeys(
+        (
+            "upper_colour",
+            "lower_colour",
+            "pattern_colour",
+            "inner_colour",
+            "shoes_colour",
+            "bag_colour",
+            "hat_colour",
+        ),
+        _EVEN,
+    )
+    | {
+        "pattern": {
+            "plain": 4,
+            "striped": 1.6,
+            "checked": 1,
+            "logo": 1.6,
+            "block": 1.4,
+            "raglan": 1.2,
+            "dotted": 0.8,
+        },
+        "hat": {"": 4, "cap": 1.6, "beanie": 1.2, "sun hat": 0.8},
+        "scarf": {"": 5, "yes": 1},
+    },
+)
 
 # %% ../../nbs/synth/04_town.ipynb #e16afc2c
-_W = lambda text: {k.strip(): tuple(w.strip() for w in v.split(",")) for k, v in (line.split(":") for line in text.strip().splitlines())}
+def _W(text):
+    return {
+        k.strip(): tuple(w.strip() for w in v.split(","))
+        for k, v in (line.split(":") for line in text.strip().splitlines())
+    }
+
 
 TOWN_WORDS = STREET_WORDS | _W("""black: black, jet black, ebony, inky, coal, sable
 white: white, snow white, ivory, chalky, pearl, milky
@@ -68,23 +99,81 @@ sun hat: sun hat, straw hat, brimmed hat, fedora, panama""")
 
 # %% ../../nbs/synth/04_town.ipynb #5ea842c3
 TOWN_ANNOTATORS = (
-    Annotator("witness", "I saw a {who}[ with {hair}] in {upper+lower}[ and {shoes}].[ {he} had {bag} with {him}.][ There <was|were> also {glasses+hat+scarf+belt}.]", .97, wrong=.0125),
-    Annotator("report", "{who}[, {hair}]. Top: {upper}.[ Bottom: {lower}.][ Feet: {shoes}.][ Bag: {bag}.][ Other: {hat+glasses+scarf+belt}.]", .97, bare=True, wrong=.0125),
-    Annotator("clothes first", "{upper+lower+shoes} on a {who}[ with {hair}].[ {bag} <goes|comes> with it.][ Also {hat+glasses+scarf}.]", .92, after=True, wrong=.0125),
-    Annotator("radio", "looking for {who} in {upper+lower}[, {shoes}][, {hair}][, carrying {bag}][, with {glasses+hat+scarf+belt}]", .86, bare=True, small=True, wrong=.0125),
-    Annotator("shopkeeper", "the {who} who came by <had on|wore> {upper}[ over {lower}].[ {he} walked in {shoes}.][ {he} had {hair}.][ I remember {bag+hat+glasses+scarf}.]", .92, wrong=.0125),
-    Annotator("tailor", "dressed in {upper}[, matched with {lower}][ and {shoes}], this {who}[ has {hair}][ and carries {bag}].[ Details: {scarf+belt+hat+glasses}.]", 1., after=True, wrong=.0125),
-    Annotator("child", "there is a {who} and {his} {upper:n} is {upper:c}[ and {his} {lower:n} {lower:v} {lower:c}][ and {his} {shoes:n} {shoes:v} {shoes:c}].[ {he} has {hair}.][ {he} has {bag+hat+glasses}.]", .86, small=True, wrong=.025),
-    Annotator("bottom up", "{shoes+lower} below, {upper} above: {who}[ with {hair}].[ In hand or on the back: {bag}.][ Look out for {hat+glasses+scarf}.]", .86, bare=True, small=True, wrong=.02))
+    Annotator(
+        "witness",
+        "I saw a {who}[ with {hair}] in {upper+lower}[ and {shoes}].[ {he} had {bag} with {him}.][ There <was|were> also {glasses+hat+scarf+belt}.]",
+        0.97,
+        wrong=0.0125,
+    ),
+    Annotator(
+        "report",
+        "{who}[, {hair}]. Top: {upper}.[ Bottom: {lower}.][ Feet: {shoes}.][ Bag: {bag}.][ Other: {hat+glasses+scarf+belt}.]",
+        0.97,
+        bare=True,
+        wrong=0.0125,
+    ),
+    Annotator(
+        "clothes first",
+        "{upper+lower+shoes} on a {who}[ with {hair}].[ {bag} <goes|comes> with it.][ Also {hat+glasses+scarf}.]",
+        0.92,
+        after=True,
+        wrong=0.0125,
+    ),
+    Annotator(
+        "radio",
+        "looking for {who} in {upper+lower}[, {shoes}][, {hair}][, carrying {bag}][, with {glasses+hat+scarf+belt}]",
+        0.86,
+        bare=True,
+        small=True,
+        wrong=0.0125,
+    ),
+    Annotator(
+        "shopkeeper",
+        "the {who} who came by <had on|wore> {upper}[ over {lower}].[ {he} walked in {shoes}.][ {he} had {hair}.][ I remember {bag+hat+glasses+scarf}.]",
+        0.92,
+        wrong=0.0125,
+    ),
+    Annotator(
+        "tailor",
+        "dressed in {upper}[, matched with {lower}][ and {shoes}], this {who}[ has {hair}][ and carries {bag}].[ Details: {scarf+belt+hat+glasses}.]",
+        1.0,
+        after=True,
+        wrong=0.0125,
+    ),
+    Annotator(
+        "child",
+        "there is a {who} and {his} {upper:n} is {upper:c}[ and {his} {lower:n} {lower:v} {lower:c}][ and {his} {shoes:n} {shoes:v} {shoes:c}].[ {he} has {hair}.][ {he} has {bag+hat+glasses}.]",
+        0.86,
+        small=True,
+        wrong=0.025,
+    ),
+    Annotator(
+        "bottom up",
+        "{shoes+lower} below, {upper} above: {who}[ with {hair}].[ In hand or on the back: {bag}.][ Look out for {hat+glasses+scarf}.]",
+        0.86,
+        bare=True,
+        small=True,
+        wrong=0.02,
+    ),
+)
 
 # %% ../../nbs/synth/04_town.ipynb #2410f4ed
 def serviced(
-    camera:Camera, # any
-    colour:float, # share of its colour shift that is left, 0..1
-    rough:float, # share of noise, blur and haze that is left, 0..1
+    camera: Camera,  # any
+    colour: float,  # share of its colour shift that is left, 0..1
+    rough: float,  # share of noise, blur and haze that is left, 0..1
 ) -> Camera:
     "The same camera, nearer to the truth (ours)."
-    return replace(camera, gain=camera.gain ** colour, cast=tuple(c ** colour for c in camera.cast), saturation=camera.saturation ** colour, contrast=camera.contrast ** colour,
-                   noise=camera.noise * rough, blur=camera.blur * rough, haze=camera.haze * rough)
+    return replace(
+        camera,
+        gain=camera.gain**colour,
+        cast=tuple(c**colour for c in camera.cast),
+        saturation=camera.saturation**colour,
+        contrast=camera.contrast**colour,
+        noise=camera.noise * rough,
+        blur=camera.blur * rough,
+        haze=camera.haze * rough,
+    )
 
-TOWN_CAMERAS = tuple(serviced(c, .4, .6) for c in STREET_CAMERAS)
+
+TOWN_CAMERAS = tuple(serviced(c, 0.4, 0.6) for c in STREET_CAMERAS)

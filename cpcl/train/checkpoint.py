@@ -19,71 +19,87 @@ from ..encoder.towers import Encoder, load_encoder, read_weights
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #b0145a26
 def state_tensors(
-    model:torch.nn.Module, # the module being trained
-    optimizer:torch.optim.Optimizer, # its optimiser, over parameters of `model`
-) -> dict: # name -> tensor
+    model: torch.nn.Module,  # the module being trained
+    optimizer: torch.optim.Optimizer,  # its optimiser, over parameters of `model`
+) -> dict:  # name -> tensor
     "Weights as `model.NAME`, moments as `optim.SLOT.NAME` (ours)."
     found = {f"model.{k}": v.detach() for k, v in model.state_dict().items()}
     names = {p: n for n, p in model.named_parameters()}
     for p, slots in optimizer.state.items():
-        found |= {f"optim.{slot}.{names[p]}": v.detach() for slot, v in slots.items() if isinstance(v, torch.Tensor)}
+        found |= {
+            f"optim.{slot}.{names[p]}": v.detach() for slot, v in slots.items() if isinstance(v, torch.Tensor)
+        }
     return {k: v.cpu().clone().contiguous() for k, v in found.items()}
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #a0136c8a
 def save_state(
-    path, # the `.safetensors` to write, aside and renamed; the one that lay there becomes NAME-before
-    model:torch.nn.Module, # the module being trained
-    optimizer:torch.optim.Optimizer, # its optimiser
-    **facts, # JSON values to keep beside, e.g. `epoch=3`
+    path,  # the `.safetensors` to write, aside and renamed; the one that lay there becomes NAME-before
+    model: torch.nn.Module,  # the module being trained
+    optimizer: torch.optim.Optimizer,  # its optimiser
+    **facts,  # JSON values to keep beside, e.g. `epoch=3`
 ):
     "Write everything a run needs to go on, in one file that appears whole; raises UserError where the disk is full (safetensors)."
     from safetensors.torch import save_file
+
     path, tensors = Path(path), state_tensors(model, optimizer)
     with atomic_path(path) as tmp:
         save_file(tensors, tmp, metadata={"facts": json.dumps(facts), "crc": str(_crc(tensors))})
-        if path.is_file(): os.replace(path, state_before(path))
+        if path.is_file():
+            os.replace(path, state_before(path))
+
 
 def state_before(
-    path, # a state file
-) -> Path: # NAME-before beside it
+    path,  # a state file
+) -> Path:  # NAME-before beside it
     "Where the state of the epoch before lies (ours)."
     return Path(path).with_stem(Path(path).stem + "-before")
+
 
 def _crc(tensors):
     "A checksum over names and bytes: a file of the right length may still hold the wrong bytes."
     found = 0
-    for k in sorted(tensors): found = zlib.crc32(tensors[k].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(k.encode(), found))
+    for k in sorted(tensors):
+        found = zlib.crc32(tensors[k].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(k.encode(), found))
     return found
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #720eaa01
 def read_state(
-    path, # a file `save_state` wrote
-) -> tuple: # (tensors by name, facts)
+    path,  # a file `save_state` wrote
+) -> tuple:  # (tensors by name, facts)
     "Read a training state, comparing its checksum; raises UserError for one that is not whole (ours)."
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
+
     try:
-        with safe_open(str(path), "pt") as f: said = f.metadata(); facts = json.loads(said["facts"])
+        with safe_open(str(path), "pt") as f:
+            said = f.metadata()
+            facts = json.loads(said["facts"])
         tensors = load_file(str(path))
-    except (SafetensorError, KeyError, ValueError, OSError, TypeError) as e: raise UserError(f"{path} is no whole training state ({type(e).__name__}: {e})") from None
-    if "crc" in said and said["crc"] != str(_crc(tensors)): raise UserError(f"{path} is no whole training state (its checksum does not fit)")
+    except (SafetensorError, KeyError, ValueError, OSError, TypeError) as e:
+        raise UserError(f"{path} is no whole training state ({type(e).__name__}: {e})") from None
+    if "crc" in said and said["crc"] != str(_crc(tensors)):
+        raise UserError(f"{path} is no whole training state (its checksum does not fit)")
     return tensors, facts
 
+
 def newest_state(
-    run, # run folder
-    say=print, # where it is told which file is torn
-) -> tuple: # (tensors, facts) of the newest whole state; None where there is none
+    run,  # run folder
+    say=print,  # where it is told which file is torn
+) -> tuple:  # (tensors, facts) of the newest whole state; None where there is none
     "What a run goes on from: the newest state, the one before when it is torn (ours)."
-    for path in (Path(run)/"state.safetensors", state_before(Path(run)/"state.safetensors")):
-        if not path.is_file(): continue
-        try: return read_state(path)
-        except UserError as e: say(f"{e}: going on from what lies before it")
+    for path in (Path(run) / "state.safetensors", state_before(Path(run) / "state.safetensors")):
+        if not path.is_file():
+            continue
+        try:
+            return read_state(path)
+        except UserError as e:
+            say(f"{e}: going on from what lies before it")
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #f9e5efa4
 def fill_state(
-    tensors:dict, # from `read_state`
-    model:torch.nn.Module, # filled in place
-    optimizer:torch.optim.Optimizer, # filled in place
+    tensors: dict,  # from `read_state`
+    model: torch.nn.Module,  # filled in place
+    optimizer: torch.optim.Optimizer,  # filled in place
 ):
     "Put weights and moments back; raises UserError for those of another model (ours)."
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
@@ -91,89 +107,128 @@ def fill_state(
         raise UserError("the training state belongs to another model: give another --out")
     model.load_state_dict(weights)
     for name, p in model.named_parameters():
-        slots = {s: tensors[f"optim.{s}.{name}"] for s in ("step", "exp_avg", "exp_avg_sq") if f"optim.{s}.{name}" in tensors}
-        if slots: optimizer.state[p] = {s: v if s == "step" and not optimizer.defaults.get("fused") else v.to(p.device) for s, v in slots.items()}
+        slots = {
+            s: tensors[f"optim.{s}.{name}"]
+            for s in ("step", "exp_avg", "exp_avg_sq")
+            if f"optim.{s}.{name}" in tensors
+        }
+        if slots:
+            optimizer.state[p] = {
+                s: v if s == "step" and not optimizer.defaults.get("fused") else v.to(p.device)
+                for s, v in slots.items()
+            }
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #5f1175ef
 def write_json(
-    path, # file to write, aside and renamed
-    value, # JSON values
+    path,  # file to write, aside and renamed
+    value,  # JSON values
 ):
     "Write JSON with sorted keys, whole or not at all (ours)."
-    with atomic_path(path) as tmp: tmp.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf8")
+    with atomic_path(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf8")
+
 
 def read_history(
-    run, # run folder
-    before:int=None, # only epochs below this one
-) -> list: # a dict an epoch
+    run,  # run folder
+    before: int = None,  # only epochs below this one
+) -> list:  # a dict an epoch
     "The lines of `history.jsonl`; a torn last line is left out (ours)."
-    path, rows = Path(run)/"history.jsonl", []
+    path, rows = Path(run) / "history.jsonl", []
     for line in path.read_text(encoding="utf8").splitlines() if path.is_file() else []:
-        try: rows.append(json.loads(line))
-        except ValueError: break
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
     return [r for r in rows if before is None or r["epoch"] < before]
 
+
 def write_history(
-    run, # run folder
-    rows:list, # a dict an epoch
+    run,  # run folder
+    rows: list,  # a dict an epoch
 ):
     "Write `history.jsonl` anew (ours)."
-    with atomic_path(Path(run)/"history.jsonl") as tmp:
+    with atomic_path(Path(run) / "history.jsonl") as tmp:
         tmp.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf8")
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #7a86c565
 def start_run(
-    run, # run folder; made if missing
-    cfg:TrainConfig, # configuration of the run
-    data:dict, # what it is trained on (names and counts), kept for the reader
-    resume:bool=False, # go on from the last whole epoch if there is one
+    run,  # run folder; made if missing
+    cfg: TrainConfig,  # configuration of the run
+    data: dict,  # what it is trained on (names and counts), kept for the reader
+    resume: bool = False,  # go on from the last whole epoch if there is one
 ):
     "Open a run folder; raises UserError where it holds another run (ours)."
-    run = Path(run); path = run/"config.json"
+    run = Path(run)
+    path = run / "config.json"
     if path.is_file():
-        if not resume: raise UserError(f"{run} holds a run already: give --resume to go on with it, or another --out")
+        if not resume:
+            raise UserError(f"{run} holds a run already: give --resume to go on with it, or another --out")
         old = read_config(run)
         if old != cfg:
             a, b = _flat(config_dict(old)), _flat(config_dict(cfg))
-            raise UserError(f"{run} was made with other settings: " + ", ".join(f"{k} was {a.get(k)}, now {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)))
-    elif run.exists() and not (run.is_dir() and all(p.name.startswith(".config-") for p in run.iterdir())): raise UserError(f"{run} is not empty and no run: give another --out")
+            raise UserError(
+                f"{run} was made with other settings: "
+                + ", ".join(
+                    f"{k} was {a.get(k)}, now {b.get(k)}"
+                    for k in sorted(a.keys() | b.keys())
+                    if a.get(k) != b.get(k)
+                )
+            )
+    elif run.exists() and not (run.is_dir() and all(p.name.startswith(".config-") for p in run.iterdir())):
+        raise UserError(f"{run} is not empty and no run: give another --out")
     clear_halves(run)
     write_json(path, dict(config=config_dict(cfg), data=data))
 
+
 def _flat(d, pre=""):
     "Nested dict to dotted names."
-    return {k2: v2 for k, v in d.items() for k2, v2 in (_flat(v, f"{pre}{k}.") if isinstance(v, dict) else {f"{pre}{k}": v}).items()}
+    return {
+        k2: v2
+        for k, v in d.items()
+        for k2, v2 in (_flat(v, f"{pre}{k}.") if isinstance(v, dict) else {f"{pre}{k}": v}).items()
+    }
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #629b1ddf
 def read_config(
-    run, # run folder
-) -> TrainConfig: # its configuration
+    run,  # run folder
+) -> TrainConfig:  # its configuration
     "The configuration a run was made with; raises UserError (ours)."
-    path = Path(run)/"config.json"
-    if not path.is_file(): raise UserError(f"{run} is no run folder: it has no config.json")
-    try: return config_from(json.loads(path.read_text(encoding="utf8"))["config"])
-    except (ValueError, KeyError, TypeError) as e: raise UserError(f"{path}: {e}") from None
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run} is no run folder: it has no config.json")
+    try:
+        return config_from(json.loads(path.read_text(encoding="utf8"))["config"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: {e}") from None
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #7e01cd47
 def encoder_file(
-    run, # run folder, or the folder of a published model
-    which:str="last", # "last" or "best"; a published model has one
-) -> Path: # a safetensors file
+    run,  # run folder, or the folder of a published model
+    which: str = "last",  # "last" or "best"; a published model has one
+) -> Path:  # a safetensors file
     "Where the weights of a run lie; raises UserError (ours)."
-    tries = [Path(run)/f"{which}.safetensors", Path(run)/"model.safetensors"]
+    tries = [Path(run) / f"{which}.safetensors", Path(run) / "model.safetensors"]
     for path in tries:
-        if path.is_file(): return path
+        if path.is_file():
+            return path
     raise UserError(f"{run} has no {tries[0].name}: it is no run, or has not finished an epoch")
 
+
 def load_run(
-    run, # run folder, or the folder of a published model
-    which:str="last", # "last" or "best"
-) -> Encoder: # in eval mode
+    run,  # run folder, or the folder of a published model
+    which: str = "last",  # "last" or "best"
+) -> Encoder:  # in eval mode
     "The encoder of a run; raises UserError (ours)."
     path = encoder_file(run, which)
-    if path.name != "model.safetensors": return load_encoder(replace(read_config(run).encoder, pretrained=str(path)))
-    try: said = json.loads((Path(run)/"config.json").read_text(encoding="utf8")); encoder = Encoder(said["model"], tuple(said["image_size"]))
-    except (OSError, ValueError, KeyError, TypeError): raise UserError(f"{run} has no config.json that names a model and an image_size") from None
-    try: encoder.load_state_dict(read_weights(path))
-    except RuntimeError: raise UserError(f"{path} does not fit {said['model']} at {said['image_size']}") from None
+    if path.name != "model.safetensors":
+        return load_encoder(replace(read_config(run).encoder, pretrained=str(path)))
+    try:
+        said = json.loads((Path(run) / "config.json").read_text(encoding="utf8"))
+        encoder = Encoder(said["model"], tuple(said["image_size"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{run} has no config.json that names a model and an image_size") from None
+    try:
+        encoder.load_state_dict(read_weights(path))
+    except RuntimeError:
+        raise UserError(f"{path} does not fit {said['model']} at {said['image_size']}") from None
     return encoder.eval()

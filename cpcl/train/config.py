@@ -21,66 +21,92 @@ from ..data.batches import AugmentConfig
 @dataclass(frozen=True)
 class OptimConfig:
     "Optimiser, schedule and budget (IRRA's, as the field uses them)."
-    lr:float = 1e-5 # peak learning rate of Adam
-    epochs:int = 60 # passes over the captions
-    batch_size:int = 64 # pairs a step, over all processes together
-    warmup:float = 5 # epochs from a tenth of the peak to the peak
-    weight_decay:float = 4e-5 # on everything but biases
-    bias_lr:float = 2. # biases learn at this many times lr
-    adam_eps:float = 1e-8 # the field's repositories say 1e-3, which hides fp16 trouble
-    clip_norm:float = 1000. # a longer gradient is shortened to this
-    precision:Literal["auto", "fp32", "bf16", "fp64"] = "auto" # auto: bf16 towers on a GPU that computes with them, else fp32; fp64: to compare last digits
-    deterministic:bool = False # on a GPU: the same bits every time, slower; a processor repeats itself anyway
+
+    lr: float = 1e-5  # peak learning rate of Adam
+    epochs: int = 60  # passes over the captions
+    batch_size: int = 64  # pairs a step, over all processes together
+    warmup: float = 5  # epochs from a tenth of the peak to the peak
+    weight_decay: float = 4e-5  # on everything but biases
+    bias_lr: float = 2.0  # biases learn at this many times lr
+    adam_eps: float = 1e-8  # the field's repositories say 1e-3, which hides fp16 trouble
+    clip_norm: float = 1000.0  # a longer gradient is shortened to this
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = (
+        "auto"  # auto: bf16 towers on a GPU that computes with them, else fp32; fp64: to compare last digits
+    )
+    deterministic: bool = (
+        False  # on a GPU: the same bits every time, slower; a processor repeats itself anyway
+    )
+
     def __post_init__(self):
         for name in ("lr", "epochs", "batch_size", "bias_lr", "adam_eps", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf: raise UserError(f"optim.{name} must be above 0, got {getattr(self, name)}")
-        if self.batch_size < 2: raise UserError(f"optim.batch_size must be at least 2 (a pair needs another to differ from), got {self.batch_size}")
-        if not 0 <= self.warmup <= self.epochs: raise UserError(f"optim.warmup must lie in 0..epochs={self.epochs}, got {self.warmup}")
-        if not 0 <= self.weight_decay < math.inf: raise UserError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
-        if self.precision not in ("auto", "fp32", "bf16", "fp64"): raise UserError(f"optim.precision must be auto, fp32, bf16 or fp64, got {self.precision!r}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optim.{name} must be above 0, got {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise UserError(
+                f"optim.batch_size must be at least 2 (a pair needs another to differ from), got {self.batch_size}"
+            )
+        if not 0 <= self.warmup <= self.epochs:
+            raise UserError(f"optim.warmup must lie in 0..epochs={self.epochs}, got {self.warmup}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        if self.precision not in ("auto", "fp32", "bf16", "fp64"):
+            raise UserError(f"optim.precision must be auto, fp32, bf16 or fp64, got {self.precision!r}")
 
 # %% ../../nbs/80_train/00_config.ipynb #4853c184
 def learning_rate(
-    step:int, # 0-based optimiser step
-    total:int, # steps of the whole run
-    warm:int, # steps of the warm-up
-) -> float: # factor of the peak, in 0..1
+    step: int,  # 0-based optimiser step
+    total: int,  # steps of the whole run
+    warm: int,  # steps of the warm-up
+) -> float:  # factor of the peak, in 0..1
     "Linear warm-up from a tenth, then a cosine to zero, stepwise (IRRA's schedule)."
 
-    if step < warm: return .1 + .9 * step / warm
-    return .5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    if step < warm:
+        return 0.1 + 0.9 * step / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 # %% ../../nbs/80_train/00_config.ipynb #9c90cebe
 @dataclass(frozen=True)
 class MemoryConfig:
     "The prototype memory (paper section 3.3)."
-    mu:float = .1 # share of the old prototype kept at a refresh, 0..1
-    refresh:bool = True # refresh by momentum during the epoch, or keep the initial prototypes
+
+    mu: float = 0.1  # share of the old prototype kept at a refresh, 0..1
+    refresh: bool = True  # refresh by momentum during the epoch, or keep the initial prototypes
+
     def __post_init__(self):
-        if not 0 <= self.mu <= 1: raise UserError(f"memory.mu must lie in 0..1, got {self.mu}")
+        if not 0 <= self.mu <= 1:
+            raise UserError(f"memory.mu must lie in 0..1, got {self.mu}")
 
 # %% ../../nbs/80_train/00_config.ipynb #5867dc3b
 @dataclass(frozen=True)
 class TrainConfig:
     "All that determines a run (ours)."
-    preset:str = "cpcl" # the method's name, for tables
-    seed:int = 0 # of initialisation, order and augmentation
-    encoder:EncoderConfig = EncoderConfig() # towers, weights, image size
-    optim:OptimConfig = OptimConfig() # budget
-    augment:AugmentConfig = AugmentConfig() # image augmentation
-    labels:LabelConfig = LabelConfig() # pseudo labels and OPLM
-    memory:MemoryConfig = MemoryConfig() # PMM
-    hcm:HCMConfig = HCMConfig() # losses
-    chm_after:float = 1 / 3 # the hard margin of `icpg` starts after this share of the epochs
+
+    preset: str = "cpcl"  # the method's name, for tables
+    seed: int = 0  # of initialisation, order and augmentation
+    encoder: EncoderConfig = EncoderConfig()  # towers, weights, image size
+    optim: OptimConfig = OptimConfig()  # budget
+    augment: AugmentConfig = AugmentConfig()  # image augmentation
+    labels: LabelConfig = LabelConfig()  # pseudo labels and OPLM
+    memory: MemoryConfig = MemoryConfig()  # PMM
+    hcm: HCMConfig = HCMConfig()  # losses
+    chm_after: float = 1 / 3  # the hard margin of `icpg` starts after this share of the epochs
+
     def __post_init__(self):
-        if not 0 <= self.chm_after <= 1: raise UserError(f"chm_after is a share of the epochs and must lie in 0..1, got {self.chm_after}")
+        if not 0 <= self.chm_after <= 1:
+            raise UserError(f"chm_after is a share of the epochs and must lie in 0..1, got {self.chm_after}")
 
 # %% ../../nbs/80_train/00_config.ipynb #9f454ad7
 PRESETS = {
-    "clip-itc": {"labels.source": "none", "hcm.icpm": 0., "hcm.beta": 1., "hcm.pcm": "none"},
+    "clip-itc": {"labels.source": "none", "hcm.icpm": 0.0, "hcm.beta": 1.0, "hcm.pcm": "none"},
     "clip": {"labels.source": "none", "hcm.pcm": "none"},
     "cluster-contrast": {"labels.oplm.stages": "none", "hcm.pcm": "single"},
-    "icpg": {"labels.source": "image", "labels.oplm.stages": "none", "hcm.pcm": "none", "hcm.match": "pseudo", "hcm.chm": 1.},
+    "icpg": {
+        "labels.source": "image",
+        "labels.oplm.stages": "none",
+        "hcm.pcm": "none",
+        "hcm.match": "pseudo",
+        "hcm.chm": 1.0,
+    },
     "cpcl": {},
     "supervised": {"labels.source": "person", "labels.oplm.stages": "none", "hcm.match": "pseudo"},
 }
@@ -90,54 +116,79 @@ def _cast(value, kind, name):
     "`value` (perhaps text) as the type of a field."
     options = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
-        if value not in options: raise UserError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}")
+        if value not in options:
+            raise UserError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}")
         return value
     if type(None) in options:
-        if value is None or value == "none": return None
+        if value is None or value == "none":
+            return None
         kind = next(o for o in options if o is not type(None))
     if kind in (tuple, list) or typing.get_origin(kind) in (tuple, list):
-        try: return tuple(float(v) for v in (value.split(",") if isinstance(value, str) else value))
-        except (TypeError, ValueError): raise UserError(f"{name} must be numbers with a comma between them, got {value!r}") from None
-    if typing.get_origin(kind) in (typing.Union, types.UnionType): # a number or a word: the first that fits
+        try:
+            return tuple(float(v) for v in (value.split(",") if isinstance(value, str) else value))
+        except (TypeError, ValueError):
+            raise UserError(f"{name} must be numbers with a comma between them, got {value!r}") from None
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # a number or a word: the first that fits
         for option in options:
-            try: return option(value)
-            except (TypeError, ValueError): pass
+            try:
+                return option(value)
+            except (TypeError, ValueError):
+                pass
     if kind is bool:
-        if str(value).lower() not in ("true", "false", "0", "1"): raise UserError(f"{name} must be true or false, got {value!r}")
+        if str(value).lower() not in ("true", "false", "0", "1"):
+            raise UserError(f"{name} must be true or false, got {value!r}")
         return str(value).lower() in ("true", "1")
     said = {int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__)
-    try: cast = kind(value)
-    except (TypeError, ValueError): raise UserError(f"{name} must be {said}, got {value!r}") from None
-    if kind is int and float(value) != cast: raise UserError(f"{name} must be {said}, got {value!r}")
+    try:
+        cast = kind(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} must be {said}, got {value!r}") from None
+    if kind is int and float(value) != cast:
+        raise UserError(f"{name} must be {said}, got {value!r}")
     return cast
 
 # %% ../../nbs/80_train/00_config.ipynb #e65e409c
 def override(
-    cfg, # a (nested) frozen dataclass
-    changes:dict, # dotted field name -> value, as text or already of its type
-    inside:str="", # the group that `cfg` is, with its dot, for messages
-): # a new configuration
+    cfg,  # a (nested) frozen dataclass
+    changes: dict,  # dotted field name -> value, as text or already of its type
+    inside: str = "",  # the group that `cfg` is, with its dot, for messages
+):  # a new configuration
     "Change fields by dotted name; raises UserError for an unknown name, a wrong type or a value out of range (ours)."
     for name, value in changes.items():
         head, _, rest = name.partition(".")
         hints = typing.get_type_hints(type(cfg))
-        if head not in hints: raise UserError(f"no setting {head!r} here; there are: {', '.join(hints)}")
-        if rest and not dataclasses.is_dataclass(hints[head]): raise UserError(f"{head} is a setting, not a group: there is no {name}")
-        if rest: value = override(getattr(cfg, head), {rest: value}, f"{inside}{head}.")
-        elif dataclasses.is_dataclass(hints[head]): raise UserError(f"{head} is a group of settings: give {head}.NAME=VALUE")
-        else: value = _cast(value, hints[head], inside + name)
+        if head not in hints:
+            raise UserError(f"no setting {head!r} here; there are: {', '.join(hints)}")
+        if rest and not dataclasses.is_dataclass(hints[head]):
+            raise UserError(f"{head} is a setting, not a group: there is no {name}")
+        if rest:
+            value = override(getattr(cfg, head), {rest: value}, f"{inside}{head}.")
+        elif dataclasses.is_dataclass(hints[head]):
+            raise UserError(f"{head} is a group of settings: give {head}.NAME=VALUE")
+        else:
+            value = _cast(value, hints[head], inside + name)
         cfg = replace(cfg, **{head: value})
     return cfg
 
 # %% ../../nbs/80_train/00_config.ipynb #f50c4220
 IMAGE_MIN_SAMPLES = {"cuhk-pedes": 2, "rstpreid": 3, "icfg-pedes": 4, "own": 2}
-SMALL_SET = 5000 # images
-SMALL_CLUSTERS = {"labels.image.k1": 6, "labels.image.k2": 2, "labels.image.eps": .5, "labels.caption.k1": 12, "labels.caption.k2": 4, "labels.caption.eps": .5, "labels.caption.min_samples": 4, "labels.oplm.support": 3}
+SMALL_SET = 5000  # images
+SMALL_CLUSTERS = {
+    "labels.image.k1": 6,
+    "labels.image.k2": 2,
+    "labels.image.eps": 0.5,
+    "labels.caption.k1": 12,
+    "labels.caption.k2": 4,
+    "labels.caption.eps": 0.5,
+    "labels.caption.min_samples": 4,
+    "labels.oplm.support": 3,
+}
+
 
 def data_settings(
-    name:str, # the data set's name
-    images:int, # unique training images
-) -> dict: # overrides for `override`
+    name: str,  # the data set's name
+    images: int,  # unique training images
+) -> dict:  # overrides for `override`
     "Settings of clustering and mining that follow the data set (Cluster Contrast's values; those for small sets are ours)."
     found = {"labels.image.min_samples": IMAGE_MIN_SAMPLES.get(name, 2)}
     return found | (SMALL_CLUSTERS if images < SMALL_SET else {})
@@ -145,25 +196,35 @@ def data_settings(
 # %% ../../nbs/80_train/00_config.ipynb #87e0fe55
 SCHEDULES = {
     "paper": {},
-    "tiny": {"optim.lr": 1e-3, "optim.epochs": 8, "optim.warmup": 1, "hcm.beta": 1.},
-    "bench": {"optim.lr": 1e-3, "optim.epochs": 3, "optim.warmup": 1, "hcm.beta": 1., "hcm.lam": 3.},
+    "tiny": {"optim.lr": 1e-3, "optim.epochs": 8, "optim.warmup": 1, "hcm.beta": 1.0},
+    "bench": {"optim.lr": 1e-3, "optim.epochs": 3, "optim.warmup": 1, "hcm.beta": 1.0, "hcm.lam": 3.0},
 }
 
+
 def make_config(
-    preset:str="cpcl", # a key of PRESETS
-    schedule:str="tiny", # a key of SCHEDULES
-    data:str="own", # the data set's name
-    images:int=0, # its unique training images; 0 if unknown
-    encoder:EncoderConfig=EncoderConfig(), # towers and weights
-    seed:int=0, # of the run
-    changes:dict=None, # last word: dotted field name -> value
-) -> TrainConfig: # the whole configuration
+    preset: str = "cpcl",  # a key of PRESETS
+    schedule: str = "tiny",  # a key of SCHEDULES
+    data: str = "own",  # the data set's name
+    images: int = 0,  # its unique training images; 0 if unknown
+    encoder: EncoderConfig = EncoderConfig(),  # towers and weights
+    seed: int = 0,  # of the run
+    changes: dict = None,  # last word: dotted field name -> value
+) -> TrainConfig:  # the whole configuration
     "Schedule, data, preset, then changes, in this order (ours)."
-    if preset not in PRESETS: raise UserError(f"no preset {preset!r}; there are: {', '.join(PRESETS)}")
-    if schedule not in SCHEDULES: raise UserError(f"no schedule {schedule!r}; there are: {', '.join(SCHEDULES)}")
-    if changes and "preset" in changes: raise UserError("a preset is a whole set of settings: give --preset, not --set preset=")
-    layers = SCHEDULES[schedule] | (data_settings(data, images) if images else {}) | PRESETS[preset] | (changes or {})
+    if preset not in PRESETS:
+        raise UserError(f"no preset {preset!r}; there are: {', '.join(PRESETS)}")
+    if schedule not in SCHEDULES:
+        raise UserError(f"no schedule {schedule!r}; there are: {', '.join(SCHEDULES)}")
+    if changes and "preset" in changes:
+        raise UserError("a preset is a whole set of settings: give --preset, not --set preset=")
+    layers = (
+        SCHEDULES[schedule]
+        | (data_settings(data, images) if images else {})
+        | PRESETS[preset]
+        | (changes or {})
+    )
     return override(TrainConfig(preset=preset, encoder=encoder, seed=seed), _together(layers))
+
 
 def _together(changes):
     "Changes in an order that keeps every intermediate configuration valid (a shorter warm-up before fewer epochs)."
@@ -171,19 +232,28 @@ def _together(changes):
 
 # %% ../../nbs/80_train/00_config.ipynb #384e98c8
 def config_dict(
-    cfg, # a (nested) dataclass
-) -> dict: # plain JSON values
+    cfg,  # a (nested) dataclass
+) -> dict:  # plain JSON values
     "A configuration as plain values (ours)."
     return dataclasses.asdict(cfg)
 
+
 def config_from(
-    values:dict, # what `config_dict` gave, perhaps through JSON
-    kind:type=TrainConfig, # the dataclass to make
-): # the configuration
+    values: dict,  # what `config_dict` gave, perhaps through JSON
+    kind: type = TrainConfig,  # the dataclass to make
+):  # the configuration
     "Rebuild a configuration; raises UserError for an unknown or ill-typed field (ours)."
-    if not isinstance(values, dict): raise UserError(f"{kind.__name__} must be a group of settings, got {values!r}")
+    if not isinstance(values, dict):
+        raise UserError(f"{kind.__name__} must be a group of settings, got {values!r}")
     hints, made = typing.get_type_hints(kind), {}
     for name, value in values.items():
-        if name not in hints: raise UserError(f"this version knows no setting {name!r} in {kind.__name__}: the run was made by another version")
-        made[name] = config_from(value, hints[name]) if dataclasses.is_dataclass(hints[name]) else _cast(value, hints[name], name)
+        if name not in hints:
+            raise UserError(
+                f"this version knows no setting {name!r} in {kind.__name__}: the run was made by another version"
+            )
+        made[name] = (
+            config_from(value, hints[name])
+            if dataclasses.is_dataclass(hints[name])
+            else _cast(value, hints[name], name)
+        )
     return kind(**made)

@@ -24,156 +24,235 @@ from ..pmm import PrototypeMemory
 
 # %% ../../nbs/80_train/02_epoch.ipynb #8eb4d6de
 def build_optimizer(
-    model:torch.nn.Module, # what is trained
-    cfg:OptimConfig, # budget
+    model: torch.nn.Module,  # what is trained
+    cfg: OptimConfig,  # budget
 ) -> torch.optim.Adam:
     "Adam with the field's two groups, weights and biases (IRRA)."
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [dict(params=[p for n, p in named if "bias" not in n], base=cfg.lr, weight_decay=cfg.weight_decay),
-              dict(params=[p for n, p in named if "bias" in n], base=cfg.lr * cfg.bias_lr, weight_decay=0.)]
-    fused = all(p.device.type in ("cpu", "cuda") for _, p in named) # one pass over memory: the token table is large
+    groups = [
+        dict(params=[p for n, p in named if "bias" not in n], base=cfg.lr, weight_decay=cfg.weight_decay),
+        dict(params=[p for n, p in named if "bias" in n], base=cfg.lr * cfg.bias_lr, weight_decay=0.0),
+    ]
+    fused = all(
+        p.device.type in ("cpu", "cuda") for _, p in named
+    )  # one pass over memory: the token table is large
     return torch.optim.Adam(groups, lr=cfg.lr, eps=cfg.adam_eps, fused=fused)
 
+
 def set_learning_rate(
-    optimizer:torch.optim.Optimizer, # groups hold their peak in `base`
-    factor:float, # of the peak, 0..1
+    optimizer: torch.optim.Optimizer,  # groups hold their peak in `base`
+    factor: float,  # of the peak, 0..1
 ):
     "Set every group's rate to factor x peak (ours)."
-    for group in optimizer.param_groups: group["lr"] = group["base"] * factor
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * factor
 
 # %% ../../nbs/80_train/02_epoch.ipynb #63a56daa
 @dataclass
 class Memories:
     "Labels and prototypes of an epoch, for both modalities (paper section 3.3)."
-    y_img:torch.Tensor # int64 `[N]`
-    y_txt:torch.Tensor # int64 `[M]`
-    img:PrototypeMemory # `[K_v, D]`
-    txt:PrototypeMemory # `[K_t, D]`
+
+    y_img: torch.Tensor  # int64 `[N]`
+    y_txt: torch.Tensor  # int64 `[M]`
+    img: PrototypeMemory  # `[K_v, D]`
+    txt: PrototypeMemory  # `[K_t, D]`
+
 
 def build_memories(
-    img, # `[N, D]` unit rows
-    txt, # `[M, D]` unit rows
-    y_img, # int64 `[N]`
-    y_txt, # int64 `[M]`
-    cfg:MemoryConfig, # momentum and refresh
-    device, # where the steps run
+    img,  # `[N, D]` unit rows
+    txt,  # `[M, D]` unit rows
+    y_img,  # int64 `[N]`
+    y_txt,  # int64 `[M]`
+    cfg: MemoryConfig,  # momentum and refresh
+    device,  # where the steps run
 ) -> Memories:
     "Prototypes of each modality from its features and labels (paper section 3.3)."
-    build = lambda f, y: PrototypeMemory.build(torch.as_tensor(f), torch.as_tensor(y), cfg.mu, cfg.refresh).to(device)
-    return Memories(torch.as_tensor(y_img).to(device), torch.as_tensor(y_txt).to(device), build(img, y_img), build(txt, y_txt))
+
+    def build(f, y):
+        return PrototypeMemory.build(torch.as_tensor(f), torch.as_tensor(y), cfg.mu, cfg.refresh).to(device)
+
+    return Memories(
+        torch.as_tensor(y_img).to(device),
+        torch.as_tensor(y_txt).to(device),
+        build(img, y_img),
+        build(txt, y_txt),
+    )
 
 # %% ../../nbs/80_train/02_epoch.ipynb #65ffe272
 @dataclass
 class Pairs:
     "The pairs of one step, of all processes, in global order (ours)."
-    img:torch.Tensor # `[B, D]` image features
-    txt:torch.Tensor # `[B, D]` caption features
-    image_row:torch.Tensor # int64 `[B]`
-    caption_row:torch.Tensor # int64 `[B]`
-    y_v:torch.Tensor # int64 `[B]`, labels of the images
-    y_t:torch.Tensor # int64 `[B]`, labels of the captions
+
+    img: torch.Tensor  # `[B, D]` image features
+    txt: torch.Tensor  # `[B, D]` caption features
+    image_row: torch.Tensor  # int64 `[B]`
+    caption_row: torch.Tensor  # int64 `[B]`
+    y_v: torch.Tensor  # int64 `[B]`, labels of the images
+    y_t: torch.Tensor  # int64 `[B]`, labels of the captions
+
 
 def step_loss(
-    model, # the encoder, prepared by accelerate
-    batch:dict, # this process's share, from `pair_loader`
-    memories:Memories, # labels and prototypes of this epoch
-    cfg:TrainConfig, # the run
-    size:int, # pairs of the batch over all processes
-    chm:float=0., # weight of the hard margin at this epoch
-    bf16:bool=False, # towers in 16-bit brain floats
-) -> tuple: # (loss, its parts, Pairs)
+    model,  # the encoder, prepared by accelerate
+    batch: dict,  # this process's share, from `pair_loader`
+    memories: Memories,  # labels and prototypes of this epoch
+    cfg: TrainConfig,  # the run
+    size: int,  # pairs of the batch over all processes
+    chm: float = 0.0,  # weight of the hard margin at this epoch
+    bf16: bool = False,  # towers in 16-bit brain floats
+) -> tuple:  # (loss, its parts, Pairs)
     "Encode a share of the batch, gather the rest, and match (paper section 3.4)."
     device = memories.y_img.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16): img, txt = model(batch["image"].to(device), batch["tokens"].to(device))
-    img, txt, image_row, caption_row = (gather_rows(x.to(device), size) for x in (img, txt, batch["image_row"], batch["caption_row"]))
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        img, txt = model(batch["image"].to(device), batch["tokens"].to(device))
+    img, txt, image_row, caption_row = (
+        gather_rows(x.to(device), size) for x in (img, txt, batch["image_row"], batch["caption_row"])
+    )
     p = Pairs(img, txt, image_row, caption_row, memories.y_img[image_row], memories.y_txt[caption_row])
-    return *hcm_loss(img, txt, image_row, p.y_v, p.y_t, memories.img.protos, memories.txt.protos, cfg.hcm, chm=chm), p
+    return *hcm_loss(
+        img, txt, image_row, p.y_v, p.y_t, memories.img.protos, memories.txt.protos, cfg.hcm, chm=chm
+    ), p
 
 # %% ../../nbs/80_train/02_epoch.ipynb #a9fa1192
 def clip_gradients(
-    optimizer:torch.optim.Optimizer, # whose parameters
-    longest:float, # the greatest length allowed
-) -> torch.Tensor: # scalar, the length before
+    optimizer: torch.optim.Optimizer,  # whose parameters
+    longest: float,  # the greatest length allowed
+) -> torch.Tensor:  # scalar, the length before
     "Shorten the gradient of all parameters together to a length (Pascanu et al. 2013; torch)."
     return torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], longest)
 
+
 class NotFinite(UserError):
     "Three steps in a row had no finite loss and gradient; `steps` says which, with the rows of their batches (ours)."
-    def __init__(self, text, steps): super().__init__(text); self.steps = steps
-    def __reduce__(self): return type(self), (str(self), self.steps)
+
+    def __init__(self, text, steps):
+        super().__init__(text)
+        self.steps = steps
+
+    def __reduce__(self):
+        return type(self), (str(self), self.steps)
 
 # %% ../../nbs/80_train/02_epoch.ipynb #72e77b87
-LOG_EVERY = 10 # steps between points in TensorBoard
-PATIENCE = 3 # steps in a row without a finite loss that stop a run
+LOG_EVERY = 10  # steps between points in TensorBoard
+PATIENCE = 3  # steps in a row without a finite loss that stop a run
+
 
 def train_epoch(
-    model, # the encoder, prepared by `accelerator`
-    optimizer, # its optimiser
-    loader, # batches of this process's pairs
-    memories:Memories, # labels and prototypes of this epoch
-    cfg:TrainConfig, # the run
-    accelerator, # accelerate's
-    epoch:int, # 0-based
-    log=None, # (step, dict) -> None, for TensorBoard
-    bf16:bool=False, # towers in 16-bit brain floats
-) -> dict: # mean of the loss and its parts over the steps taken, last learning rate, longest gradient before clipping, steps skipped
+    model,  # the encoder, prepared by `accelerator`
+    optimizer,  # its optimiser
+    loader,  # batches of this process's pairs
+    memories: Memories,  # labels and prototypes of this epoch
+    cfg: TrainConfig,  # the run
+    accelerator,  # accelerate's
+    epoch: int,  # 0-based
+    log=None,  # (step, dict) -> None, for TensorBoard
+    bf16: bool = False,  # towers in 16-bit brain floats
+) -> dict:  # mean of the loss and its parts over the steps taken, last learning rate, longest gradient before clipping, steps skipped
     "Walk once through the captions; raises NotFinite (paper section 3.4 and algorithm 1)."
     model.train()
-    total, sums, skipped, longest = cfg.optim.epochs * len(loader), {}, [], 0.
-    chm = cfg.hcm.chm if epoch >= cfg.chm_after * cfg.optim.epochs else 0.
+    total, sums, skipped, longest = cfg.optim.epochs * len(loader), {}, [], 0.0
+    chm = cfg.hcm.chm if epoch >= cfg.chm_after * cfg.optim.epochs else 0.0
     for i, batch in enumerate(progress(loader, f"epoch {epoch + 1}", unit="step")):
         step = epoch * len(loader) + i
         factor = learning_rate(step, total, round(cfg.optim.warmup * len(loader)))
         set_learning_rate(optimizer, factor)
-        loss, parts, pairs = step_loss(model, batch, memories, cfg, min(cfg.optim.batch_size, len(memories.y_txt) - i * cfg.optim.batch_size), chm, bf16)
+        loss, parts, pairs = step_loss(
+            model,
+            batch,
+            memories,
+            cfg,
+            min(cfg.optim.batch_size, len(memories.y_txt) - i * cfg.optim.batch_size),
+            chm,
+            bf16,
+        )
         optimizer.zero_grad()
         accelerator.backward(loss)
         length = clip_gradients(optimizer, cfg.optim.clip_norm)
         if not torch.isfinite(loss.detach() + length):
-            skipped.append(dict(step=step, image_rows=pairs.image_row.tolist(), caption_rows=pairs.caption_row.tolist(), **{k: str(float(v)) for k, v in parts.items()}))
+            skipped.append(
+                dict(
+                    step=step,
+                    image_rows=pairs.image_row.tolist(),
+                    caption_rows=pairs.caption_row.tolist(),
+                    **{k: str(float(v)) for k, v in parts.items()},
+                )
+            )
             last = skipped[-PATIENCE:]
-            if len(skipped) == len(loader) or (len(last) == PATIENCE and last[0]["step"] == step - PATIENCE + 1): raise NotFinite(f"{len(last)} steps in a row without a finite loss and gradient, the last of them step {i + 1} of epoch {epoch + 1}", last)
+            if len(skipped) == len(loader) or (
+                len(last) == PATIENCE and last[0]["step"] == step - PATIENCE + 1
+            ):
+                raise NotFinite(
+                    f"{len(last)} steps in a row without a finite loss and gradient, the last of them step {i + 1} of epoch {epoch + 1}",
+                    last,
+                )
             continue
         optimizer.step()
         longest = max(longest, float(length))
-        memories.img.update(pairs.img, pairs.y_v); memories.txt.update(pairs.txt, pairs.y_t)
-        for k, v in parts.items(): sums[k] = sums.get(k, 0.) + v # tensors: reading each number would make a GPU wait
-        if log and step % LOG_EVERY == 0: log(step, {k: float(v) for k, v in parts.items()} | {"lr": factor * cfg.optim.lr, "gradient": float(length)})
-    return {k: float(v) / (len(loader) - len(skipped)) for k, v in sums.items()} | {"lr": factor * cfg.optim.lr, "gradient": longest, "skipped": len(skipped)}
+        memories.img.update(pairs.img, pairs.y_v)
+        memories.txt.update(pairs.txt, pairs.y_t)
+        for k, v in parts.items():
+            sums[k] = sums.get(k, 0.0) + v  # tensors: reading each number would make a GPU wait
+        if log and step % LOG_EVERY == 0:
+            log(
+                step,
+                {k: float(v) for k, v in parts.items()}
+                | {"lr": factor * cfg.optim.lr, "gradient": float(length)},
+            )
+    return {k: float(v) / (len(loader) - len(skipped)) for k, v in sums.items()} | {
+        "lr": factor * cfg.optim.lr,
+        "gradient": longest,
+        "skipped": len(skipped),
+    }
 
 # %% ../../nbs/80_train/02_epoch.ipynb #47c2e792
 def look(
-    cfg:TrainConfig, # the run
-    encoder, # as it is now
-    train:Split, # images and captions
-    run:Path, # where the alarm's figures go
-    history:list, # the epochs before, for the alarm
-    watch:Stopwatch, # told the seconds of features and labels
-    calls:dict, # truth, quality, say: see `fit`
-    **kwargs, # cache and workers of `features`
-) -> tuple: # Memories, and a report for the history
+    cfg: TrainConfig,  # the run
+    encoder,  # as it is now
+    train: Split,  # images and captions
+    run: Path,  # where the alarm's figures go
+    history: list,  # the epochs before, for the alarm
+    watch: Stopwatch,  # told the seconds of features and labels
+    calls: dict,  # truth, quality, say: see `fit`
+    **kwargs,  # cache and workers of `features`
+) -> tuple:  # Memories, and a report for the history
     "Features, labels and prototypes of an epoch; nothing at all for presets without labels (paper sections 3.2, 3.3, 3.5)."
     device, n, m = next(encoder.parameters()).device, len(train.images), len(train.captions)
     if cfg.labels.source == "none":
         none = PrototypeMemory(torch.zeros(0, encoder.width)).to(device)
-        return Memories(torch.full((n,), -1, device=device), torch.full((m,), -1, device=device), none, none), {}
-    with watch("features"): img, txt = shared_features(encoder, train, **kwargs)
+        return Memories(
+            torch.full((n,), -1, device=device), torch.full((m,), -1, device=device), none, none
+        ), {}
+    with watch("features"):
+        img, txt = shared_features(encoder, train, **kwargs)
     for name, x, what in (("images", img, train.images), ("captions", txt, train.captions)):
-        if len(bad := np.flatnonzero(~np.isfinite(x).all(1))): raise UserError(f"{len(bad):,} {name} have features that are not finite, the first {what[bad[0]][:80]!r}: the weights are damaged, start from others")
+        if len(bad := np.flatnonzero(~np.isfinite(x).all(1))):
+            raise UserError(
+                f"{len(bad):,} {name} have features that are not finite, the first {what[bad[0]][:80]!r}: the weights are damaged, start from others"
+            )
+
     def _labels():
-        y_img, y_txt, report = epoch_labels(cfg.labels, img, txt, train.image_of, calls["truth"], calls["quality"], calls["say"], device)
-        for line in label_remarks(report, n, m, cfg.labels.source): calls["say"](f"  {line}")
+        y_img, y_txt, report = epoch_labels(
+            cfg.labels, img, txt, train.image_of, calls["truth"], calls["quality"], calls["say"], device
+        )
+        for line in label_remarks(report, n, m, cfg.labels.source):
+            calls["say"](f"  {line}")
         _alarm(cfg, img, txt, train.image_of, run, [*history, report], calls["say"])
         return y_img, y_txt, report
-    with watch("labels"): y_img, y_txt, report = once(_labels)
+
+    with watch("labels"):
+        y_img, y_txt, report = once(_labels)
     return build_memories(img, txt, y_img, y_txt, cfg.memory, device), report
+
 
 def _alarm(cfg, img, txt, image_of, run, history, say):
     "Say so, and draw eps, when a modality has been left out for epochs on end."
-    if cfg.labels.source not in ("clusters", "image"): return
+    if cfg.labels.source not in ("clusters", "image"):
+        return
     seen = fuse_pairs(img, txt, image_of, cfg.labels.fuse) if cfg.labels.fuse else (img, txt)
     for m in outlier_alarm(history):
         name, setting = ROWS[m]
-        if m == "txt" and cfg.labels.source == "image": continue
-        figure = save_eps_figure(seen[m == "txt"], getattr(cfg.labels, setting), run/f"eps-{name}.png")
-        say(f"  ALARM: for three epochs more than 90 % of the {name} were outliers; {figure} shows what another labels.{setting}.eps would give")
+        if m == "txt" and cfg.labels.source == "image":
+            continue
+        figure = save_eps_figure(seen[m == "txt"], getattr(cfg.labels, setting), run / f"eps-{name}.png")
+        say(
+            f"  ALARM: for three epochs more than 90 % of the {name} were outliers; {figure} shows what another labels.{setting}.eps would give"
+        )

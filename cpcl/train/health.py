@@ -17,40 +17,53 @@ from ..cluster.knn import knn
 from ..viz import save_figure
 
 # %% ../../nbs/80_train/07_health.ipynb #15112d66
-ROWS = {"img": ("images", "image"), "txt": ("captions", "caption")} # in reports and in settings
+ROWS = {"img": ("images", "image"), "txt": ("captions", "caption")}  # in reports and in settings
+
 
 def label_remarks(
-    report:dict, # of `epoch_labels`
-    images:int, # N
-    captions:int, # M
-    source:str="clusters", # as in `LabelConfig`
-) -> list: # lines, none when all is well
+    report: dict,  # of `epoch_labels`
+    images: int,  # N
+    captions: int,  # M
+    source: str = "clusters",  # as in `LabelConfig`
+) -> list:  # lines, none when all is well
     "What a person should know about degenerate labels (ours)."
     lines = []
     for m, rows in (("img", images), ("txt", captions)):
         (name, setting), k = ROWS[m], report[f"clusters_{m}"]
-        if source == "person" or (m == "txt" and source == "image"): continue
-        if k == 0: lines.append(f"{name}: no cluster, {rows:,} outliers: no prototype of theirs teaches anything this epoch, ICPM goes on (a larger labels.{setting}.eps or a smaller labels.{setting}.min_samples makes clusters)")
-        elif k == 1: lines.append(f"{name}: one cluster only: a single prototype teaches nothing this epoch, ICPM goes on (a smaller labels.{setting}.eps parts it)")
-        elif k > rows / 2: lines.append(f"{name}: {k:,} clusters of {rows:,} rows, more than half of them alone: little is shared (a larger labels.{setting}.eps or labels.{setting}.min_samples joins them)")
+        if source == "person" or (m == "txt" and source == "image"):
+            continue
+        if k == 0:
+            lines.append(
+                f"{name}: no cluster, {rows:,} outliers: no prototype of theirs teaches anything this epoch, ICPM goes on (a larger labels.{setting}.eps or a smaller labels.{setting}.min_samples makes clusters)"
+            )
+        elif k == 1:
+            lines.append(
+                f"{name}: one cluster only: a single prototype teaches nothing this epoch, ICPM goes on (a smaller labels.{setting}.eps parts it)"
+            )
+        elif k > rows / 2:
+            lines.append(
+                f"{name}: {k:,} clusters of {rows:,} rows, more than half of them alone: little is shared (a larger labels.{setting}.eps or labels.{setting}.min_samples joins them)"
+            )
     return lines
 
 # %% ../../nbs/80_train/07_health.ipynb #6fcfc840
 def outlier_alarm(
-    history:list, # a dict an epoch, newest last
-    share:float=.9, # of outliers before mining, above which an epoch counts
-    epochs:int=3, # how many in a row
-) -> list: # "img" and "txt", those for which it rings
+    history: list,  # a dict an epoch, newest last
+    share: float = 0.9,  # of outliers before mining, above which an epoch counts
+    epochs: int = 3,  # how many in a row
+) -> list:  # "img" and "txt", those for which it rings
     "Which modality has been left out of its clusters for epochs on end (ours)."
     last = history[-epochs:]
-    return [m for m in ROWS if len(last) == epochs and all(row.get(f"outliers_{m}", 0.) > share for row in last)]
+    return [
+        m for m in ROWS if len(last) == epochs and all(row.get(f"outliers_{m}", 0.0) > share for row in last)
+    ]
 
 # %% ../../nbs/80_train/07_health.ipynb #5971e54d
 def save_eps_figure(
-    features:np.ndarray, # `[N, D]` unit rows of one modality, as they were clustered
-    cfg:ClusterConfig, # how they were clustered
-    path, # .png, .pdf or .svg
-) -> Path: # `path`
+    features: np.ndarray,  # `[N, D]` unit rows of one modality, as they were clustered
+    cfg: ClusterConfig,  # how they were clustered
+    path,  # .png, .pdf or .svg
+) -> Path:  # `path`
     "Clusters and outliers of one modality at every eps, as a figure on disk (ours)."
     x = np.ascontiguousarray(features, np.float32)
     graph = jaccard_graph(knn(x, cfg.k1, cfg.search)[0], x, cfg.k1, cfg.k2, LARGEST_EPS)

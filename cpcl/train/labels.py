@@ -18,75 +18,114 @@ from ..oplm import OPLMConfig, mine
 
 # %% ../../nbs/80_train/01_labels.ipynb #95a180d8
 def fuse_pairs(
-    img:np.ndarray, # float32 `[N, D]` unit rows
-    txt:np.ndarray, # float32 `[M, D]` unit rows
-    image_of:np.ndarray, # int64 `[M]`, a(j)
-    share:float, # of the captions in the cosine, above 0 and below 1
-) -> tuple: # float32 unit rows `[N, 2D]` and `[M, 2D]`
+    img: np.ndarray,  # float32 `[N, D]` unit rows
+    txt: np.ndarray,  # float32 `[M, D]` unit rows
+    image_of: np.ndarray,  # int64 `[M]`, a(j)
+    share: float,  # of the captions in the cosine, above 0 and below 1
+) -> tuple:  # float32 unit rows `[N, 2D]` and `[M, 2D]`
     "Images and captions with the other half of their pair, for clustering; raises UserError (ours)."
-    if not 0 < share < 1: raise UserError(f"the captions' share must lie between 0 and 1, got {share}")
+    if not 0 < share < 1:
+        raise UserError(f"the captions' share must lie between 0 and 1, got {share}")
     said = np.zeros((len(img), txt.shape[1]), np.float64)
     np.add.at(said, image_of, txt)
     length = np.linalg.norm(said, axis=1, keepdims=True)
     said /= np.where(length > 0, length, 1)
-    join = lambda v, t: unit(np.hstack([(1 - share) ** .5 * v, share ** .5 * t]).astype(np.float32))
+
+    def join(v, t):
+        return unit(np.hstack([(1 - share) ** 0.5 * v, share**0.5 * t]).astype(np.float32))
+
     return join(img, said), join(img[image_of], txt)
 
 # %% ../../nbs/80_train/01_labels.ipynb #3dc00a14
 @dataclass(frozen=True)
 class LabelConfig:
     "Where an epoch's labels come from (paper section 3.2; sources beyond `clusters` are the baselines')."
-    source:Literal["none", "clusters", "image", "person"] = "clusters" # none; each modality's clusters; image clusters for both; true people
-    image:ClusterConfig = ClusterConfig(min_samples=2) # clustering of the images
-    caption:ClusterConfig = ClusterConfig(min_samples=4) # clustering of the captions
-    unit:Literal["image", "pair"] = "image" # cluster unique images, or one row a pair as the published counting does
-    fuse:float = 0. # share of the captions in the cosine that is clustered, for both modalities; 0: each on itself, as published
-    oplm:OPLMConfig = OPLMConfig() # outlier pseudo label mining
-    mates:int = 1 # captions of an image cluster that stand together in a batch; 1: chance alone
+
+    source: Literal["none", "clusters", "image", "person"] = (
+        "clusters"  # none; each modality's clusters; image clusters for both; true people
+    )
+    image: ClusterConfig = ClusterConfig(min_samples=2)  # clustering of the images
+    caption: ClusterConfig = ClusterConfig(min_samples=4)  # clustering of the captions
+    unit: Literal["image", "pair"] = (
+        "image"  # cluster unique images, or one row a pair as the published counting does
+    )
+    fuse: float = 0.0  # share of the captions in the cosine that is clustered, for both modalities; 0: each on itself, as published
+    oplm: OPLMConfig = OPLMConfig()  # outlier pseudo label mining
+    mates: int = 1  # captions of an image cluster that stand together in a batch; 1: chance alone
+
     def __post_init__(self):
-        if not 0 <= self.fuse < 1: raise UserError(f"labels.fuse must be 0 (each modality on itself) or a share below 1, got {self.fuse}")
-        if self.mates < 1: raise UserError(f"labels.mates must be 1 (no mates) or more, got {self.mates}")
+        if not 0 <= self.fuse < 1:
+            raise UserError(
+                f"labels.fuse must be 0 (each modality on itself) or a share below 1, got {self.fuse}"
+            )
+        if self.mates < 1:
+            raise UserError(f"labels.mates must be 1 (no mates) or more, got {self.mates}")
 
 # %% ../../nbs/80_train/01_labels.ipynb #db9d273a
 def check_rows(
-    cfg:LabelConfig, # to be checked against
-    images:int, # N
-    captions:int, # M
+    cfg: LabelConfig,  # to be checked against
+    images: int,  # N
+    captions: int,  # M
 ):
     "Refuse to ask for more neighbours than there are rows; raises UserError (ours)."
-    if cfg.source not in ("clusters", "image"): return
-    asked = [("image", cfg.image.k1, captions if cfg.unit == "pair" else images)] + [("caption", cfg.caption.k1, captions)] * (cfg.source == "clusters")
+    if cfg.source not in ("clusters", "image"):
+        return
+    asked = [("image", cfg.image.k1, captions if cfg.unit == "pair" else images)] + [
+        ("caption", cfg.caption.k1, captions)
+    ] * (cfg.source == "clusters")
     for name, k1, rows in asked:
-        if k1 > rows: raise UserError(f"labels.{name}.k1 is {k1}, but there are only {rows} {name}s to find neighbours among: give fewer, e.g. --set labels.{name}.k1={max(2, rows // 10)}, or a method that clusters nothing (--preset clip)")
+        if k1 > rows:
+            raise UserError(
+                f"labels.{name}.k1 is {k1}, but there are only {rows} {name}s to find neighbours among: give fewer, e.g. --set labels.{name}.k1={max(2, rows // 10)}, or a method that clusters nothing (--preset clip)"
+            )
 
 # %% ../../nbs/80_train/01_labels.ipynb #6bc01b81
 def epoch_labels(
-    cfg:LabelConfig, # where labels come from
-    img:np.ndarray, # float32 `[N, D]` unit rows
-    txt:np.ndarray, # float32 `[M, D]` unit rows
-    image_of:np.ndarray, # int64 `[M]`, a(j)
-    truth=None, # () -> int64 `[N]`, only for source="person"
-    quality=None, # (labels before mining, labels after it), each (y_img, y_txt) -> dict of numbers, for the history
-    say=None, # where each clustering's line goes
-    device=None, # where neighbours are searched; None: where the features lie
-) -> tuple: # y_img int64 `[N]`, y_txt int64 `[M]`, report dict
+    cfg: LabelConfig,  # where labels come from
+    img: np.ndarray,  # float32 `[N, D]` unit rows
+    txt: np.ndarray,  # float32 `[M, D]` unit rows
+    image_of: np.ndarray,  # int64 `[M]`, a(j)
+    truth=None,  # () -> int64 `[N]`, only for source="person"
+    quality=None,  # (labels before mining, labels after it), each (y_img, y_txt) -> dict of numbers, for the history
+    say=None,  # where each clustering's line goes
+    device=None,  # where neighbours are searched; None: where the features lie
+) -> tuple:  # y_img int64 `[N]`, y_txt int64 `[M]`, report dict
     "Pseudo labels of both modalities, outliers mined through the pairs; raises UserError without people where they are asked for (paper sections 3.2 and 3.5)."
     if cfg.source == "person":
-        if truth is None: raise UserError("the supervised preset needs people in the annotation, and there are none")
+        if truth is None:
+            raise UserError("the supervised preset needs people in the annotation, and there are none")
         y_img = np.unique(truth(), return_inverse=True)[1].astype(np.int64)
         before = after = (y_img, y_img[image_of])
     else:
         before = _clusters(cfg, img, txt, image_of, say, device)
         after = mine(img, txt, image_of, *before, cfg.oplm)
-    share = lambda y: float((y < 0).mean())
-    report = dict(clusters_img=int(after[0].max() + 1), clusters_txt=int(after[1].max() + 1),
-        outliers_img=share(before[0]), outliers_txt=share(before[1]), outliers_img_mined=share(after[0]), outliers_txt_mined=share(after[1]))
+
+    def share(y):
+        return float((y < 0).mean())
+
+    report = dict(
+        clusters_img=int(after[0].max() + 1),
+        clusters_txt=int(after[1].max() + 1),
+        outliers_img=share(before[0]),
+        outliers_txt=share(before[1]),
+        outliers_img_mined=share(after[0]),
+        outliers_txt_mined=share(after[1]),
+    )
     return *after, report | (quality(before, after) if quality else {})
+
 
 def _clusters(cfg, img, txt, image_of, say, device):
     "(y_img, y_txt) of the clustering alone."
-    there = lambda x: x if device is None or device.type == "cpu" else torch.as_tensor(x, device=device)
-    tell = lambda what: say and (lambda report: say(f"  {what}: {report}"))
-    if cfg.fuse: img, txt = fuse_pairs(img, txt, image_of, cfg.fuse)
+
+    def there(x):
+        return x if device is None or device.type == "cpu" else torch.as_tensor(x, device=device)
+
+    def tell(what):
+        return say and (lambda report: say(f"  {what}: {report}"))
+
+    if cfg.fuse:
+        img, txt = fuse_pairs(img, txt, image_of, cfg.fuse)
     y_img = cluster_images(there(img), image_of, cfg.image, cfg.unit, tell("images"))
-    return y_img, pseudo_labels(there(txt), **vars(cfg.caption), say=tell("captions")) if cfg.source == "clusters" else y_img[image_of]
+    return y_img, pseudo_labels(
+        there(txt), **vars(cfg.caption), say=tell("captions")
+    ) if cfg.source == "clusters" else y_img[image_of]

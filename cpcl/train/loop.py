@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .checkpoint import fill_state, load_run, newest_state, save_state, start_run, write_history, write_json
+from cpcl.train.checkpoint import (
+    fill_state,
+    load_run,
+    newest_state,
+    save_state,
+    start_run,
+    write_history,
+    write_json,
+)
 from .config import TrainConfig, make_config
 from ..core import Stopwatch, UserError, default_device, progress, repo_root, seed_everything
 from ..data.read import Split, detect, has_split, load_person, load_split
@@ -26,17 +34,17 @@ from ..data.batches import PixelCache, pair_loader
 
 # %% ../../nbs/80_train/03_loop.ipynb #e2902784
 def fit(
-    cfg:TrainConfig, # the run
-    train:Split, # images and captions, no people
-    run, # run folder
-    validate=None, # encoder -> dict with val_R1, val_mAP, the same in every process; None: no validation split
-    quality=None, # (labels before mining, after) -> dict of numbers, for the history only
-    truth=None, # () -> int64 `[N]` people, called only by the supervised preset
-    resume:bool=False, # go on from the last whole epoch
-    cache=True, # keep decoded images in memory if they fit; or a `PixelCache` of `train`
-    workers:int=0, # loader processes
-    say=print, # where the lines go: one a clustering, one an epoch
-) -> list: # history, a dict an epoch
+    cfg: TrainConfig,  # the run
+    train: Split,  # images and captions, no people
+    run,  # run folder
+    validate=None,  # encoder -> dict with val_R1, val_mAP, the same in every process; None: no validation split
+    quality=None,  # (labels before mining, after) -> dict of numbers, for the history only
+    truth=None,  # () -> int64 `[N]` people, called only by the supervised preset
+    resume: bool = False,  # go on from the last whole epoch
+    cache=True,  # keep decoded images in memory if they fit; or a `PixelCache` of `train`
+    workers: int = 0,  # loader processes
+    say=print,  # where the lines go: one a clustering, one an epoch
+) -> list:  # history, a dict an epoch
     "Train from `cfg.encoder`'s weights to `last.safetensors` and `best.safetensors` in the run folder; raises UserError (paper algorithm 1)."
     check_rows(cfg.labels, len(train.images), len(train.captions))
     accelerator, bf16 = start_processes(cfg.optim.precision, cfg.optim.deterministic)
@@ -46,20 +54,35 @@ def fit(
     once(lambda: _open(run, cfg, train, resume))
     encoder, optimizer, history, best = _begin(cfg, encoder, run, resume, device, say)
     model = accelerator.prepare_model(encoder)
-    pixels = cache if isinstance(cache, PixelCache) else PixelCache(train, encoder.image_size) if cache else None
+    pixels = (
+        cache if isinstance(cache, PixelCache) else PixelCache(train, encoder.image_size) if cache else None
+    )
     log, close = _tensorboard(run) if main else (None, lambda: None)
     calls = dict(truth=truth, quality=quality, say=say if main else lambda line: None)
     for epoch in range(len(history), cfg.optim.epochs):
         watch = Stopwatch()
         memories, row = look(cfg, encoder, train, run, history, watch, calls, cache=pixels, workers=workers)
-        loader = pair_loader(train, encoder.image_size, cfg.optim.batch_size, cfg.augment, cfg.seed, epoch, workers=workers, cache=pixels,
-            groups=memories.y_img.cpu().numpy()[train.image_of], mates=cfg.labels.mates, **share(accelerator))
+        loader = pair_loader(
+            train,
+            encoder.image_size,
+            cfg.optim.batch_size,
+            cfg.augment,
+            cfg.seed,
+            epoch,
+            workers=workers,
+            cache=pixels,
+            groups=memories.y_img.cpu().numpy()[train.image_of],
+            mates=cfg.labels.mates,
+            **share(accelerator),
+        )
         try:
-            with watch("steps"): row |= train_epoch(model, optimizer, loader, memories, cfg, accelerator, epoch, log, bf16)
+            with watch("steps"):
+                row |= train_epoch(model, optimizer, loader, memories, cfg, accelerator, epoch, log, bf16)
         except NotFinite as e:
             once(lambda e=e: _save_batches(run, train, e))
             raise
-        with watch("val"): row |= validate(encoder) if validate else {}
+        with watch("val"):
+            row |= validate(encoder) if validate else {}
         history.append(dict(epoch=epoch, **row, seconds={k: round(v, 3) for k, v in watch.seconds.items()}))
         best = once(lambda: _write_epoch(run, encoder, optimizer, best, history, log))
         calls["say"](epoch_line(history[-1], cfg.optim.epochs))
@@ -70,158 +93,268 @@ def fit(
 def _open(run, cfg, train, resume):
     "The run folder, with what the run is made of, and by what: versions and command of this start, and of the starts before it."
     start_run(run, cfg, dict(name=train.name, images=len(train.images), captions=len(train.captions)), resume)
-    path, earlier = run/"environment.json", []
+    path, earlier = run / "environment.json", []
     if path.is_file():
-        last = json.loads(path.read_text(encoding="utf8")); earlier = last.pop("earlier", []) + [last]
+        last = json.loads(path.read_text(encoding="utf8"))
+        earlier = last.pop("earlier", []) + [last]
     write_json(path, environment() | ({"earlier": earlier} if earlier else {}))
+
 
 def _begin(cfg, encoder, run, resume, device, say):
     "Encoder, optimiser, history and best score as the run starts, or as it was left."
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
     optimizer = build_optimizer(encoder, cfg.optim)
     found = once(lambda: newest_state(run, say) if resume else None)
-    if found is None: return encoder, optimizer, [], None
+    if found is None:
+        return encoder, optimizer, [], None
     tensors, facts = found
-    if "history" not in facts: raise UserError(f"{run} was begun by another version, whose states hold no history: begin it anew with another --out")
+    if "history" not in facts:
+        raise UserError(
+            f"{run} was begun by another version, whose states hold no history: begin it anew with another --out"
+        )
     fill_state(tensors, encoder, optimizer)
     once(lambda: _mend(run, encoder, facts["history"]))
     return encoder, optimizer, facts["history"], facts["best"]
+
 
 def _mend(run, encoder, history):
     "Write anew what the state knows, should a disk have lost it; refuse a best encoder that is lost and will not come again."
     write_history(run, history)
     for name in ("last", "best"):
-        path = run/f"{name}.safetensors"
-        try: read_header(path)
+        path = run / f"{name}.safetensors"
+        try:
+            read_header(path)
         except (UserError, OSError):
-            if name == "best" and history[-1]["epoch"] != history[-1]["best_epoch"]: raise UserError(f"{path} is torn and was made in an epoch that resuming does not repeat: begin the run anew with another --out") from None
+            if name == "best" and history[-1]["epoch"] != history[-1]["best_epoch"]:
+                raise UserError(
+                    f"{path} is torn and was made in an epoch that resuming does not repeat: begin the run anew with another --out"
+                ) from None
             save_encoder(encoder, path, epoch=history[-1]["epoch"])
+
 
 def _write_epoch(run, encoder, optimizer, best, history, log):
     "Everything an epoch leaves behind; the state last, since it declares the epoch done."
-    row = history[-1]; score = row.get("val_mAP")
+    row = history[-1]
+    score = row.get("val_mAP")
     improved = score is None or best is None or score > best
     row["best_epoch"] = row["epoch"] if improved else history[-2]["best_epoch"]
-    save_encoder(encoder, run/"last.safetensors", epoch=row["epoch"])
-    if improved: save_encoder(encoder, run/"best.safetensors", epoch=row["epoch"])
+    save_encoder(encoder, run / "last.safetensors", epoch=row["epoch"])
+    if improved:
+        save_encoder(encoder, run / "best.safetensors", epoch=row["epoch"])
     write_history(run, history)
-    save_state(run/"state.safetensors", encoder, optimizer, epoch=row["epoch"] + 1, best=score if improved else best, history=history)
+    save_state(
+        run / "state.safetensors",
+        encoder,
+        optimizer,
+        epoch=row["epoch"] + 1,
+        best=score if improved else best,
+        history=history,
+    )
     log(row["epoch"], {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "epoch"}, "epoch")
     return score if improved else best
 
 # %% ../../nbs/80_train/03_loop.ipynb #4b5487e9
 def _save_batches(run, train, e):
     "The batches of a `NotFinite` as rows, files and captions; and the error, told where they are."
-    for step in e.steps: step |= dict(images=[train.images[i] for i in step["image_rows"]], captions=[train.captions[j] for j in step["caption_rows"]])
-    write_json(run/"not_finite.json", e.steps)
-    raise UserError(f"{e}: their images and captions are in {run/'not_finite.json'}; a smaller --lr or --set optim.precision=fp32 may help, in another --out") from e
+    for step in e.steps:
+        step |= dict(
+            images=[train.images[i] for i in step["image_rows"]],
+            captions=[train.captions[j] for j in step["caption_rows"]],
+        )
+    write_json(run / "not_finite.json", e.steps)
+    raise UserError(
+        f"{e}: their images and captions are in {run / 'not_finite.json'}; a smaller --lr or --set optim.precision=fp32 may help, in another --out"
+    ) from e
+
 
 def _tensorboard(run):
     "(log, close) for TensorBoard's event files."
     from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(run/"tensorboard")
+
+    writer = SummaryWriter(run / "tensorboard")
+
     def _log(step, values, group="step"):
-        for k, v in values.items(): writer.add_scalar(f"{group}/{k}", v, step)
+        for k, v in values.items():
+            writer.add_scalar(f"{group}/{k}", v, step)
+
     return _log, writer.close
 
 # %% ../../nbs/80_train/03_loop.ipynb #6a8ebcd8
 def epoch_line(
-    row:dict, # a line of the history
-    epochs:int, # of the run
-) -> str: # one line for a person
+    row: dict,  # a line of the history
+    epochs: int,  # of the run
+) -> str:  # one line for a person
     "An epoch in one line: loss, clusters, outliers before and after mining, validation, seconds (ours)."
     text = f"epoch {row['epoch'] + 1}/{epochs}  loss {row['loss']:.3f}"
     if "clusters_img" in row:
         text += f"  clusters {row['clusters_img']} images {row['clusters_txt']} captions"
-        text += "  outliers " + " ".join(f"{100*row['outliers_' + m]:.0f}%>{100*row['outliers_' + m + '_mined']:.0f}%" for m in ("img", "txt"))
-        if not row["clusters_img"] + row["clusters_txt"]: text += "  (nothing clustered: this epoch trained on ICPM alone)"
-    if "ari_img" in row: text += f"  ARI {row['ari_img']:.2f} {row['ari_txt']:.2f}"
-    if "val_R1" in row: text += f"  val R1 {row['val_R1']:.1f} mAP {row['val_mAP']:.1f}"
-    if row.get("skipped"): text += f"  {row['skipped']} steps left out (loss or gradient not finite)"
+        text += "  outliers " + " ".join(
+            f"{100 * row['outliers_' + m]:.0f}%>{100 * row['outliers_' + m + '_mined']:.0f}%"
+            for m in ("img", "txt")
+        )
+        if not row["clusters_img"] + row["clusters_txt"]:
+            text += "  (nothing clustered: this epoch trained on ICPM alone)"
+    if "ari_img" in row:
+        text += f"  ARI {row['ari_img']:.2f} {row['ari_txt']:.2f}"
+    if "val_R1" in row:
+        text += f"  val R1 {row['val_R1']:.1f} mAP {row['val_mAP']:.1f}"
+    if row.get("skipped"):
+        text += f"  {row['skipped']} steps left out (loss or gradient not finite)"
     return text + f"  {sum(row['seconds'].values()):.0f} s"
 
 # %% ../../nbs/80_train/03_loop.ipynb #25be7fbb
 def score_split(
-    encoder, # the encoder to judge
-    split:Split, # its images are the gallery, its captions the queries
-    cache=None, # a `PixelCache` of the split
-    direction:str="t2i", # "t2i" or "i2t"
-    together:bool=False, # with the other processes, which all call it: encode a share each, rank once
-): # QueryScores: a result a query; `.mean()` gives Scores
+    encoder,  # the encoder to judge
+    split: Split,  # its images are the gallery, its captions the queries
+    cache=None,  # a `PixelCache` of the split
+    direction: str = "t2i",  # "t2i" or "i2t"
+    together: bool = False,  # with the other processes, which all call it: encode a share each, rank once
+):  # QueryScores: a result a query; `.mean()` gives Scores
     "Encode a split and rank it, each query once however many processes there are (paper section 4.1; people only if the annotation has them)."
-    rank = lambda img, txt: evaluate(img, txt, split.image_of, load_person(split), direction=direction)
-    if not together: return rank(*features(encoder, split, cache=cache))
+
+    def rank(img, txt):
+        return evaluate(img, txt, split.image_of, load_person(split), direction=direction)
+
+    if not together:
+        return rank(*features(encoder, split, cache=cache))
     img, txt = shared_features(encoder, split, cache=cache)
     return once(lambda: rank(img, txt))
 
+
 def read_only(
-    train:Split, # the training split
-): # (quality, truth): calls for `fit`, or (None, None) where nobody is known
+    train: Split,  # the training split
+):  # (quality, truth): calls for `fit`, or (None, None) where nobody is known
     "Wrap the training identities in two calls, so that `fit` never holds them (ours)."
     person = load_person(train)
-    if person is None: return None, None
+    if person is None:
+        return None, None
     return quality_of(person, train.image_of), lambda: person
 
 # %% ../../nbs/80_train/03_loop.ipynb #25ac87b7
 def train_run(
-    root, # folder of a data set
-    run, # run folder
-    name:str=None, # data set; recognised if not given
-    preset:str="cpcl", # a key of PRESETS
-    schedule:str="tiny", # "tiny" or "paper"
-    encoder:EncoderConfig=EncoderConfig(), # towers and weights
-    seed:int=0, # of the run
-    changes:dict=None, # dotted settings -> values, the last word
-    resume:bool=False, # go on with a run that was stopped
-    workers:int=0, # loader processes
-    cache:bool=True, # keep decoded images in memory
-    say=print, # where the lines go
-) -> dict: # what result.json holds; empty on processes other than the first
+    root,  # folder of a data set
+    run,  # run folder
+    name: str = None,  # data set; recognised if not given
+    preset: str = "cpcl",  # a key of PRESETS
+    schedule: str = "tiny",  # "tiny" or "paper"
+    encoder: EncoderConfig = EncoderConfig(),  # towers and weights
+    seed: int = 0,  # of the run
+    changes: dict = None,  # dotted settings -> values, the last word
+    resume: bool = False,  # go on with a run that was stopped
+    workers: int = 0,  # loader processes
+    cache: bool = True,  # keep decoded images in memory
+    say=print,  # where the lines go
+) -> dict:  # what result.json holds; empty on processes other than the first
     "Train a preset on a data set and evaluate it; raises UserError before training for bad input (paper section 4)."
     name = name or detect(root)
     train = load_split(root, name, "train")
     held = {s: load_split(root, name, s) for s in ("val", "test") if has_split(root, name, s)}
     cfg = make_config(preset, schedule, name, len(train.images), encoder, seed, changes)
-    caches = {s: PixelCache(split, cfg.encoder.image_size, cache=cache) for s, split in (held | {"train": train}).items()}
+    caches = {
+        s: PixelCache(split, cfg.encoder.image_size, cache=cache)
+        for s, split in (held | {"train": train}).items()
+    }
+
     def _validate(encoder):
         mean = score_split(encoder, held["val"], caches["val"], together=True).mean()
         return {"val_R1": mean.R1, "val_mAP": mean.mAP}
+
     quality, truth = read_only(train)
     check_rows(cfg.labels, len(train.images), len(train.captions))
-    if cfg.labels.source == "person" and truth is None: raise UserError(f"the supervised preset needs people in the annotation, and {root} names none: take another --preset")
+    if cfg.labels.source == "person" and truth is None:
+        raise UserError(
+            f"the supervised preset needs people in the annotation, and {root} names none: take another --preset"
+        )
     first = start_processes(cfg.optim.precision, cfg.optim.deterministic)[0].is_main_process
-    if first: _read_images(caches.values())
-    fit(cfg, train, run, _validate if "val" in held else None, quality, truth, resume, caches["train"], workers, say)
-    if not first: return {}
+    if first:
+        _read_images(caches.values())
+    fit(
+        cfg,
+        train,
+        run,
+        _validate if "val" in held else None,
+        quality,
+        truth,
+        resume,
+        caches["train"],
+        workers,
+        say,
+    )
+    if not first:
+        return {}
     result = score_run(run, held.get("test", train), caches.get("test", caches["train"]))
-    result |= dict(preset=preset, seed=seed, split="test" if "test" in held else "train", best_by="val mAP" if "val" in held else "no val: best = last")
-    write_json(Path(run)/"result.json", result)
+    result |= dict(
+        preset=preset,
+        seed=seed,
+        split="test" if "test" in held else "train",
+        best_by="val mAP" if "val" in held else "no val: best = last",
+    )
+    write_json(Path(run) / "result.json", result)
     return result
+
 
 def _read_images(caches):
     "Decode every image once, kept or not; raises UserError for one that cannot be read."
     for cache in caches:
-        if cache.cached: cache.fill()
+        if cache.cached:
+            cache.fill()
         else:
-            for row in progress(range(len(cache)), f"reading {cache.split.split} images", unit="img"): cache[row]
+            for row in progress(range(len(cache)), f"reading {cache.split.split} images", unit="img"):
+                cache[row]
 
 # %% ../../nbs/80_train/03_loop.ipynb #64fb35f1
 def score_run(
-    run, # run folder
-    split:Split, # the split to score
-    cache=None, # a `PixelCache` of it
-) -> dict: # {"last": {...}, "best": {...}}
+    run,  # run folder
+    split: Split,  # the split to score
+    cache=None,  # a `PixelCache` of it
+) -> dict:  # {"last": {...}, "best": {...}}
     "Scores of a run's last and best encoder, rounded so that a file of them reads well (paper section 4.1)."
-    rounded = lambda s: {k: round(v, 4) if isinstance(v, float) else v for k, v in s.mean().as_dict().items()}
-    return {which: rounded(score_split(load_run(run, which).to(default_device()), split, cache)) for which in ("last", "best")}
+
+    def rounded(s):
+        return {k: round(v, 4) if isinstance(v, float) else v for k, v in s.mean().as_dict().items()}
+
+    return {
+        which: rounded(score_split(load_run(run, which).to(default_device()), split, cache))
+        for which in ("last", "best")
+    }
 
 # %% ../../nbs/80_train/03_loop.ipynb #d8f41ccb
-def environment() -> dict: # versions, device, commit, command
+def environment() -> dict:  # versions, device, commit, command
     "What a run was made with (ours)."
     import open_clip, PIL
-    try: commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=repo_root(), capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired): commit = ""
-    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] if Path("/proc/cpuinfo").is_file() else []
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {cpu[0] if cpu else platform.processor() or platform.machine()}"
-    return dict(python=platform.python_version(), torch=torch.__version__, open_clip=open_clip.__version__, numpy=np.__version__, pillow=PIL.__version__,
-        device=device, threads=torch.get_num_threads(), commit=commit, command=" ".join(sys.argv))
+
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=repo_root(),
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    cpu = (
+        [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if Path("/proc/cpuinfo").is_file()
+        else []
+    )
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU {cpu[0] if cpu else platform.processor() or platform.machine()}"
+    )
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        open_clip=open_clip.__version__,
+        numpy=np.__version__,
+        pillow=PIL.__version__,
+        device=device,
+        threads=torch.get_num_threads(),
+        commit=commit,
+        command=" ".join(sys.argv),
+    )

@@ -17,86 +17,107 @@ from ..encoder.towers import features
 
 # %% ../../nbs/80_train/06_processes.ipynb #4c9abd40
 def interleave(
-    parts:list, # W tensors `[b, ...]`, process by process
-    size:int, # true rows of the global batch, at most W*b
-) -> torch.Tensor: # `[size, ...]` in global order
+    parts: list,  # W tensors `[b, ...]`, process by process
+    size: int,  # true rows of the global batch, at most W*b
+) -> torch.Tensor:  # `[size, ...]` in global order
     "Undo the dealing: row i of process r was global row i*W + r; fillers at the end are cut (ours)."
     return torch.stack(parts, 1).flatten(0, 1)[:size]
 
 # %% ../../nbs/80_train/06_processes.ipynb #f3bb0cae
 class _Gather(torch.autograd.Function):
     "`[W, b, ...]` from every process's `[b, ...]`; backward, a process keeps its own rows' gradient, W times."
+
     @staticmethod
     def forward(ctx, x):
         "All processes' rows, process by process."
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x)
         return torch.stack(parts)
+
     @staticmethod
     def backward(ctx, grad):
         "The part of this process, as often as there are processes."
         return grad[dist.get_rank()] * dist.get_world_size()
 
+
 def share(
-    accelerator, # accelerate's
-) -> dict: # rank and world, as `pair_loader` takes them
+    accelerator,  # accelerate's
+) -> dict:  # rank and world, as `pair_loader` takes them
     "Which part of every batch is this process's (ours)."
     return dict(rank=accelerator.process_index, world=accelerator.num_processes)
 
-def several() -> bool: # whether more than one process trains together
+
+def several() -> bool:  # whether more than one process trains together
     "Is this one of several processes? (torch.distributed)"
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
+
 def gather_rows(
-    x:torch.Tensor, # `[b, ...]`, this process's share
-    size:int, # true rows of the global batch
-) -> torch.Tensor: # `[size, ...]`, the same on every process, differentiable if `x` is
+    x: torch.Tensor,  # `[b, ...]`, this process's share
+    size: int,  # true rows of the global batch
+) -> torch.Tensor:  # `[size, ...]`, the same on every process, differentiable if `x` is
     "The whole batch in global order, on every process; for losses that every process computes alike (torch.distributed)."
     return interleave(list(_Gather.apply(x.contiguous()).unbind()), size) if several() else x[:size]
 
 # %% ../../nbs/80_train/06_processes.ipynb #7ca3788c
 def add_up(
-    x:torch.Tensor, # on the CPU
-) -> torch.Tensor: # the sum over the processes, on the CPU
+    x: torch.Tensor,  # on the CPU
+) -> torch.Tensor:  # the sum over the processes, on the CPU
     "Sum a tensor over all processes (torch.distributed)."
-    if not several(): return x
+    if not several():
+        return x
     x = x.cuda() if dist.get_backend() == "nccl" else x
     dist.all_reduce(x)
     return x.cpu()
 
+
 def shared_features(
-    encoder, # the same in every process
-    split, # as for `features`
-    **kwargs, # `batch_size`, `workers`, `cache` of `features`
-) -> tuple: # img `[N, D]`, txt `[M, D]`: unit rows in row order, the same in every process
+    encoder,  # the same in every process
+    split,  # as for `features`
+    **kwargs,  # `batch_size`, `workers`, `cache` of `features`
+) -> tuple:  # img `[N, D]`, txt `[M, D]`: unit rows in row order, the same in every process
     "Encode a split, each process its share of the rows; all of them call it (ours)."
-    if not several(): return features(encoder, split, **kwargs)
-    return features(encoder, split, rank=dist.get_rank(), world=dist.get_world_size(), add_up=add_up, **kwargs)
+    if not several():
+        return features(encoder, split, **kwargs)
+    return features(
+        encoder, split, rank=dist.get_rank(), world=dist.get_world_size(), add_up=add_up, **kwargs
+    )
+
 
 def once(
-    make, # called without arguments, in the first process only
-): # what it gave, in every process
+    make,  # called without arguments, in the first process only
+):  # what it gave, in every process
     "Do something in one process and share its result, or its exception, with all (torch.distributed)."
-    if not several(): return make()
+    if not several():
+        return make()
     box = [None, None]
     if dist.get_rank() == 0:
-        try: box[0] = make()
-        except Exception as e: box[1] = e
-        try: pickle.dumps(box[1])
-        except Exception: box[1] = RuntimeError(f"{type(box[1]).__name__}: {box[1]}")
+        try:
+            box[0] = make()
+        except Exception as e:
+            box[1] = e
+        try:
+            pickle.dumps(box[1])
+        except Exception:
+            box[1] = RuntimeError(f"{type(box[1]).__name__}: {box[1]}")
     dist.broadcast_object_list(box)
-    if box[1] is not None: raise box[1]
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 # %% ../../nbs/80_train/06_processes.ipynb #b304f037
 def start_processes(
-    precision:str="auto", # "auto", "fp32", "bf16" or "fp64"
-    deterministic:bool=False, # the same bits every time on a GPU too
-) -> tuple: # (accelerate's Accelerator, whether the towers run in bf16)
+    precision: str = "auto",  # "auto", "fp32", "bf16" or "fp64"
+    deterministic: bool = False,  # the same bits every time on a GPU too
+) -> tuple:  # (accelerate's Accelerator, whether the towers run in bf16)
     "Meet the other processes, if there are any, and settle the precision; raises UserError (accelerate)."
     able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" and not able: raise UserError("optim.precision=bf16 needs a GPU that computes with 16-bit brain floats (Ampere or later): take auto, which uses them where they are, or fp32")
+    if precision == "bf16" and not able:
+        raise UserError(
+            "optim.precision=bf16 needs a GPU that computes with 16-bit brain floats (Ampere or later): take auto, which uses them where they are, or fp32"
+        )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True); torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     return Accelerator(), precision == "bf16" or (precision == "auto" and able)
