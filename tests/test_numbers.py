@@ -10,7 +10,7 @@ from cpcl.core import UserError
 from cpcl.data.read import load_split
 from cpcl.encoder.towers import EncoderConfig
 from cpcl.synth.dataset import write_synth
-from cpcl.train.loop import train_run
+from cpcl.train.runs import train_run
 
 QUICK = {"optim.epochs": 1, "optim.batch_size": 16, "labels.image.k1": 6, "labels.caption.k1": 6}
 BLANK = EncoderConfig(pretrained="", height=48, width=24)

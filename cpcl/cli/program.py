@@ -72,7 +72,7 @@ class Train:
         "Train, evaluate, print where things lie."
         from cpcl.lab.demo import sample_set
         from cpcl.encoder.towers import EncoderConfig
-        from cpcl.train.loop import train_run
+        from cpcl.train.runs import train_run
 
         if self.workers < 0:
             raise UserError(f"--workers must be 0 (decode in this process) or more, got {self.workers}")

@@ -17,7 +17,8 @@ from ..core import UserError, repo_root
 from ..data.read import Split, load_person, load_split, read_image
 from ..encoder.towers import features, load_encoder
 from ..synth.dataset import write_synth
-from ..train.loop import load_run, score_split, train_run
+from ..train.loop import load_run
+from ..train.runs import score_split, train_run
 from ..viz import ranked_lists
 
 # %% ../../nbs/lab/03_demo.ipynb #6dfa9c2b
