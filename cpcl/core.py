@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/01_core.ipynb #b4d575c2
 class UserError(ValueError):
-    "An error the user can fix, in one line; the command line prints it and exits with status 2."
+    "An error the user can fix, in one line: the command line prints it and exits with status 2."
 
 # %% ../nbs/01_core.ipynb #1804ae2d
 def seed_everything(
@@ -49,7 +49,7 @@ def unit(
 def at_least_float32(
     x: torch.Tensor,  # floats of any precision
 ) -> torch.Tensor:  # float32, or double if `x` is
-    "Convert half precision to float32; leave float32 and double as they are."
+    "Convert half precision to float32. Float32 and double stay as they are."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/01_core.ipynb #d901ac12
@@ -73,7 +73,7 @@ def check_features(
         raise ValueError(f"{name} holds NaN or infinity")
     if low < 0.98 or high > 1.02:
         lengths = f"{low**0.5:.3g} to {high**0.5:.3g}"
-        raise ValueError(f"{name} must have unit rows, got lengths from {lengths}; call unit(x) first")
+        raise ValueError(f"{name} must have unit rows, got lengths from {lengths}: call unit(x) first")
     return x
 
 # %% ../nbs/01_core.ipynb #54ebf011
@@ -155,7 +155,7 @@ def _disk_error(
 def atomic_path(
     path,  # the final file; its folder is created
 ):
-    """Yield a temporary path in the same folder; rename it to `path` if the block succeeds, else remove it.
+    """Yield a temporary path in the same folder. Rename it to `path` if the block succeeds, else remove it.
 
     Raises UserError if the disk does not accept the file.
     """
@@ -164,7 +164,7 @@ def atomic_path(
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; choose another path or fix this one") from e
+        raise UserError(f"cannot write {path} ({e.strerror}): choose another path or fix this one") from e
     os.close(handle)
     tmp = Path(name)
     try:
