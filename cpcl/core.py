@@ -177,7 +177,7 @@ def atomic_path(
         if not (why := _disk_error(e)):
             raise
         remedy = "the old file is intact; free some space and run again (a training: with --resume)"
-        raise UserError(f"cannot write {path}: {why}; {remedy}") from e
+        raise UserError(f"cannot write {path}, {why}: {remedy}") from e
     finally:
         tmp.unlink(missing_ok=True)
 
