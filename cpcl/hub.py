@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_h
 
 from .train.checkpoint import load_run, read_config
 from .core import UserError, atomic_path
-from .encoder.towers import Encoder, read_weights
+from .encoder.towers import Encoder
+from .encoder.weights import read_weights
 from .eval.scores import METRICS
 from .data.batches import CLIP_MEAN, CLIP_STD, tokenize
 

@@ -205,7 +205,7 @@ def test_features_are_shared_and_in_row_order(root, tmp_path, promise):
 import json, os, torch
 from cpcl.data.read import load_split
 from cpcl.train.processes import shared_features, start_processes
-from cpcl.encoder.towers import EncoderConfig, Encoder, features, load_encoder
+from cpcl.encoder import EncoderConfig, Encoder, features, load_encoder
 torch.set_num_threads(1); torch.manual_seed(0)
 accelerator, _ = start_processes(); assert accelerator.num_processes == torch.distributed.get_world_size() == 2
 encoder, split = load_encoder(EncoderConfig(pretrained="", height=48, width=24)).double(), load_split(json.loads(os.environ["WORDS"]))

@@ -15,7 +15,8 @@ import torch
 
 from .config import TrainConfig, config_dict, config_from
 from ..core import UserError, atomic_path, remove_partial_files
-from ..encoder.towers import Encoder, load_encoder, read_weights
+from ..encoder.towers import Encoder
+from ..encoder.weights import load_encoder, read_weights
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #b0145a26
 def state_tensors(

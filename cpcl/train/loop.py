@@ -25,7 +25,9 @@ from .config import TrainConfig, make_config
 from ..core import Stopwatch, UserError, default_device, progress, repo_root, seed_everything
 from ..data.read import Split, detect, has_split, load_person, load_split
 from .processes import once, share, shared_features, start_processes
-from ..encoder.towers import EncoderConfig, features, load_encoder, read_header, save_encoder
+from ..encoder.towers import EncoderConfig
+from ..encoder.weights import load_encoder, read_header, save_encoder
+from ..encoder.extract import features
 from .epoch import NotFinite, build_optimizer, look, train_epoch
 from ..eval.scores import evaluate
 from ..eval.label_quality import quality_of
