@@ -78,7 +78,7 @@ def test_supervised_alone_reads_people(cuhk, tmp_path, monkeypatch):
 
     for preset in ("cpcl", "icpg", "supervised"):
         train(cuhk, tmp_path / preset, "--preset", preset)
-    honest = cpcl.train.runs.load_person
+    honest = cpcl.data.read.load_person
 
     def shuffled(split):
         return np.random.default_rng(0).permutation(honest(split))
@@ -104,7 +104,8 @@ def test_paper_size_one_step_and_a_clustering():
     from cpcl.cluster.labels import pseudo_labels
     from cpcl.train.config import make_config
     from cpcl.core import unit
-    from cpcl.encoder.towers import EncoderConfig, load_encoder
+    from cpcl.encoder.towers import EncoderConfig
+    from cpcl.encoder.weights import load_encoder
     from cpcl.hcm import Batch, hcm_loss
     from cpcl.data.batches import tokenize
     from cpcl.train.epoch import build_memories, build_optimizer, set_learning_rate

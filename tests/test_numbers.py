@@ -55,7 +55,7 @@ def spoil(monkeypatch):
     "spoil(what, numbers): the loss, a feature or a gradient of these steps is not finite."
     import cpcl.train.epoch
 
-    loss_of, step_of, count = cpcl.train.epoch.hcm_loss, cpcl.train.epoch.step_loss, iter(range(10**6))
+    loss_of, step_of, count = cpcl.hcm.hcm_loss, cpcl.train.epoch.step_loss, iter(range(10**6))
 
     def _spoil(what, numbers):
         def _loss(*args, **kwargs):

@@ -32,7 +32,7 @@ from ..oplm import OPLMConfig
 from ..eval.intervals import paired_bootstrap
 from ..synth.dataset import SynthWorld, checksum, write_synth
 from ..train.environment import environment
-from ..train.loop import load_run
+from ..train.checkpoint import load_run
 from ..train.runs import score_split, train_run
 
 # %% ../../nbs/lab/01_records.ipynb #73c81781

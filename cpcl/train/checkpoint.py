@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from .config import TrainConfig, config_dict, config_from
-from ..core import UserError, atomic_path, clear_halves
-from ..encoder.towers import Encoder, load_encoder, read_weights
+from ..core import UserError, atomic_path, remove_partial_files
+from ..encoder.towers import Encoder
+from ..encoder.weights import load_encoder, read_weights
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #b0145a26
 def state_tensors(
@@ -172,7 +173,7 @@ def start_run(
             raise UserError(f"{run} was made with other settings: {changes}")
     elif run.exists() and not (run.is_dir() and all(p.name.startswith(".config-") for p in run.iterdir())):
         raise UserError(f"{run} is not empty and not a run folder: give another --out")
-    clear_halves(run)
+    remove_partial_files(run)
     write_json(path, dict(config=config_dict(cfg), data=data) | ({"hooks": hooks} if hooks else {}))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..core import Stopwatch, UserError, seed_everything
 from ..data.batches import PixelCache, pair_loader
 from ..data.read import Split
-from ..encoder.towers import load_encoder, read_header, save_encoder
+from ..encoder.weights import load_encoder, read_header, save_encoder
 from ..hcm import hcm_loss
 from cpcl.train.checkpoint import (
     fill_state,

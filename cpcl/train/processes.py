@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from ..core import UserError
-from ..encoder.towers import features
+from ..encoder.extract import features
 
 # %% ../../nbs/80_train/06_processes.ipynb #4c9abd40
 def interleave(

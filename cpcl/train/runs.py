@@ -12,7 +12,8 @@ from pathlib import Path
 from ..core import UserError, default_device, progress
 from ..data.batches import PixelCache
 from ..data.read import Split, detect, has_split, load_person, load_split
-from ..encoder.towers import EncoderConfig, features
+from ..encoder.towers import EncoderConfig
+from ..encoder.extract import features
 from ..eval.label_quality import quality_of
 from ..eval.scores import evaluate
 from .checkpoint import load_run, write_json
