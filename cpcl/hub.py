@@ -18,7 +18,8 @@ from .train.checkpoint import load_run, read_config
 from .core import UserError, atomic_path
 from .encoder.towers import Encoder, read_weights
 from .eval.scores import METRICS
-from .data.batches import CLIP_MEAN, CLIP_STD, tokenize
+from .data.images import CLIP_MEAN, CLIP_STD
+from .data.tokens import tokenize
 
 # %% ../nbs/hub.ipynb #715749e9
 class CPCL(

@@ -113,7 +113,7 @@ def test_paper_size_one_step_and_a_clustering():
     from cpcl.core import unit
     from cpcl.encoder.towers import EncoderConfig, load_encoder
     from cpcl.hcm import hcm_loss
-    from cpcl.data.batches import tokenize
+    from cpcl.data.tokens import tokenize
     from cpcl.train.epoch import build_memories, build_optimizer, set_learning_rate
 
     torch.manual_seed(0)

@@ -18,7 +18,9 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import UserError, at_least_float32, atomic_path, progress, repo_root
-from ..data.batches import caption_loader, image_loader, pixels_of, to_tensor, tokenize
+from ..data.batches import caption_loader, image_loader
+from ..data.images import pixels_of, to_tensor
+from ..data.tokens import tokenize
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #b33cf1ab
 TINY = dict(

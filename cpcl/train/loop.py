@@ -30,7 +30,8 @@ from .epoch import NotFinite, build_optimizer, look, train_epoch
 from ..eval.scores import evaluate
 from ..eval.label_quality import quality_of
 from .labels import check_rows
-from ..data.batches import PixelCache, pair_loader
+from ..data.images import PixelCache
+from ..data.batches import pair_loader
 
 # %% ../../nbs/80_train/03_loop.ipynb #e2902784
 def fit(
@@ -72,7 +73,7 @@ def fit(
             workers=workers,
             cache=pixels,
             groups=memories.y_img.cpu().numpy()[train.image_of],
-            mates=cfg.labels.mates,
+            captions_per_cluster=cfg.labels.mates,
             **share(accelerator),
         )
         try:
