@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import UserError, at_least_float32
-from ..data.batches import pixels_of, to_tensor, tokenize
+from ..data.images import pixels_of, to_tensor
+from ..data.tokens import tokenize
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #b33cf1ab
 TINY = dict(

@@ -24,7 +24,8 @@ from ..encoder.towers import Encoder
 from ..encoder.weights import save_encoder
 from ..train.epoch import build_optimizer, set_learning_rate
 from ..eval.scores import score_queries
-from ..data.batches import CLIP_MEAN, CLIP_STD, tokenize
+from ..data.images import CLIP_MEAN, CLIP_STD
+from ..data.tokens import tokenize
 from ..losses import itc
 from ..synth.dataset import SynthWorld
 from ..train.environment import environment

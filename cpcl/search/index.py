@@ -19,9 +19,10 @@ from fastcore.basics import patch, patch_to
 
 from ..train.checkpoint import encoder_file, load_run
 from ..core import UserError, progress, unit
-from ..data.read import Split, read_image
+from ..data.read import Split
+from ..data.images import read_image
 from .widget import Finder
-from ..data.batches import pixels_of, to_tensor
+from ..data.images import pixels_of, to_tensor
 from .milvus import MilvusStore
 from cpcl.search.store import (
     EXACT_ROWS,

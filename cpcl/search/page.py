@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core import UserError
-from ..data.read import read_image
+from ..data.images import read_image
 from .index import MAX_QUERY
 
 # %% ../../nbs/search/04_page.ipynb #c55b5dc7

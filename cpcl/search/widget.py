@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core import UserError
-from ..data.read import read_image
+from ..data.images import read_image
 
 # %% ../../nbs/search/03_widget.ipynb #8c7e86a1
 class Finder:

@@ -16,7 +16,7 @@ from ..core import UserError
 from ..encoder.towers import EncoderConfig
 from ..hcm import HCMConfig
 from .labels import LabelConfig
-from ..data.batches import AugmentConfig
+from ..data.augment import AugmentConfig
 
 # %% ../../nbs/80_train/00_config.ipynb #95690ba7
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import Stopwatch, UserError, seed_everything
-from ..data.batches import PixelCache, pair_loader
+from ..data.images import PixelCache
+from ..data.batches import pair_loader
 from ..data.read import Split
 from ..encoder.weights import load_encoder, read_header, save_encoder
 from ..hcm import hcm_loss
@@ -214,7 +215,7 @@ def _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator):
         workers=workers,
         cache=pixels,
         groups=memories.labels_img.cpu().numpy()[train.image_of],
-        mates=cfg.labels.captions_per_cluster,
+        captions_per_cluster=cfg.labels.captions_per_cluster,
         **share(accelerator),
     )
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core import UserError, default_device, progress
-from ..data.batches import PixelCache
+from ..data.images import PixelCache
 from ..data.read import Split, detect, has_split, load_person, load_split
 from ..encoder.towers import EncoderConfig
 from ..encoder.extract import features
