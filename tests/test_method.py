@@ -1,7 +1,7 @@
 "What no notebook of the method tests alone: labels, memory, loss and refresh, in one process and in two."
 
 import copy, os, subprocess, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from cpcl.core import check_labels, unit
-from cpcl.hcm import HCMConfig, hcm_loss
+from cpcl.hcm import Batch, HCMConfig, Prototypes, hcm_loss
 from cpcl.pmm import PrototypeMemory, label_sums, prototypes
 
 PRESETS = [
@@ -63,13 +63,9 @@ class Step:
     "What a training step computed."
 
     loss: torch.Tensor  # scalar, detached
-    parts: dict  # name -> scalar
-    protos: list  # the prototypes that the loss saw, of images and of captions
-    img: torch.Tensor  # `[B, D]` unit rows, detached
-    txt: torch.Tensor  # `[B, D]` unit rows, detached
-    row: torch.Tensor  # `[B]`, the image of each pair
-    labels_img: torch.Tensor  # `[B]`
-    labels_txt: torch.Tensor  # `[B]`
+    terms: dict  # name -> scalar
+    protos: Prototypes  # that the loss saw
+    batch: Batch  # features detached
 
 
 class Trainer:
@@ -87,18 +83,17 @@ class Trainer:
         world, row = self.world, self.world.image_of[captions]
         img = unit(self.towers[0](torch.from_numpy(world.img[row])))
         txt = unit(self.towers[1](torch.from_numpy(world.txt[captions])))
-        labels_img, labels_txt = (
-            torch.from_numpy(labels) for labels in (world.labels_img[row], world.labels_txt[captions])
-        )
-        protos = [memory.protos for memory in self.memories]
-        row = torch.from_numpy(row)
-        loss, parts = hcm_loss(img, txt, row, labels_img, labels_txt, *protos, self.cfg)
+        labels = world.labels_img[row], world.labels_txt[captions]
+        batch = Batch(img, txt, *(torch.from_numpy(x) for x in (row, captions, *labels)))
+        protos = Prototypes(*(memory.protos for memory in self.memories))
+        loss = hcm_loss(batch, protos, self.cfg)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.total.backward()
         self.optimizer.step()
-        self.memories[0].update(img, labels_img)
-        self.memories[1].update(txt, labels_txt)
-        return Step(loss.detach(), parts, protos, img.detach(), txt.detach(), row, labels_img, labels_txt)
+        self.memories[0].update(img, batch.labels_img)
+        self.memories[1].update(txt, batch.labels_txt)
+        seen = replace(batch, img=img.detach(), txt=txt.detach())
+        return Step(loss.total.detach(), loss.terms, protos, seen)
 
 
 def mine_like(labels, rng):
@@ -130,7 +125,7 @@ def test_every_preset_learns_with_and_without_clusters(cfg, clusters):
     for _ in range(30):
         step = trainer.step(np.arange(24))
         assert torch.isfinite(step.loss)
-        assert all(torch.isfinite(v) and not v.requires_grad for v in step.parts.values())
+        assert all(torch.isfinite(v) and not v.requires_grad for v in step.terms.values())
         losses.append(float(step.loss))
     assert losses[-1] < losses[0], losses
     assert [len(m.protos) for m in trainer.memories] == [clusters, clusters + 3 if clusters else 0]
@@ -152,9 +147,9 @@ def test_one_modality_may_have_no_clusters():
     world.labels_txt[:] = -1
     step = Trainer(world, HCMConfig()).step(np.arange(24))
     assert torch.isfinite(step.loss)
-    assert step.parts["pcm_t"] == step.parts["pcm_vt"] == 0
-    assert step.parts["pcm_v"] > 0
-    assert step.parts["pcm_tv"] > 0
+    assert step.terms["pcm_t"] == step.terms["pcm_vt"] == 0
+    assert step.terms["pcm_v"] > 0
+    assert step.terms["pcm_tv"] > 0
 
 
 def test_the_loss_sees_the_prototypes_before_the_refresh():
@@ -164,11 +159,10 @@ def test_the_loss_sees_the_prototypes_before_the_refresh():
     for s in range(3):
         before = [m.protos.clone() for m in trainer.memories]
         step = trainer.step(np.arange(s * 16, s * 16 + 24))
-        assert all(torch.equal(a, b) for a, b in zip(step.protos, before))
+        assert all(torch.equal(a, b) for a, b in zip((step.protos.img, step.protos.txt), before))
         after = [m.protos for m in trainer.memories]
-        batch = (step.img, step.txt, step.row, step.labels_img, step.labels_txt)
-        assert torch.equal(hcm_loss(*batch, *before, cfg)[0], step.loss)
-        assert hcm_loss(*batch, *after, cfg)[0] < step.loss - 0.1
+        assert torch.equal(hcm_loss(step.batch, Prototypes(*before), cfg).total, step.loss)
+        assert hcm_loss(step.batch, Prototypes(*after), cfg).total < step.loss - 0.1
 
 
 def test_state_changes_only_in_update():
@@ -178,19 +172,20 @@ def test_state_changes_only_in_update():
     before = copy.deepcopy([m.state_dict() for m in memories])
     img = torch.from_numpy(world.img[world.image_of]).requires_grad_()
     txt = torch.from_numpy(world.txt).requires_grad_()
-    integers = (world.image_of, world.labels_img[world.image_of], world.labels_txt)
-    batch = (img, txt, *(torch.from_numpy(x) for x in integers))
-    copies = [x.detach().clone() for x in batch]
+    rows = (world.image_of, np.arange(len(world.txt)))
+    labels = (world.labels_img[world.image_of], world.labels_txt)
+    batch = Batch(img, txt, *(torch.from_numpy(x) for x in (*rows, *labels)))
+    copies = [x.detach().clone() for x in vars(batch).values()]
     for cfg in PRESETS:
-        hcm_loss(*batch, memories[0].protos, memories[1].protos, cfg)[0].backward()
+        hcm_loss(batch, Prototypes(*(m.protos for m in memories)), cfg).total.backward()
 
     def unchanged(memory, state):
         return all(torch.equal(memory.state_dict()[name], x) for name, x in state.items())
 
     assert all(map(unchanged, memories, before))
-    assert all(torch.equal(a, b) for a, b in zip(batch, copies))
+    assert all(torch.equal(a, b) for a, b in zip(vars(batch).values(), copies))
     assert not any(list(m.parameters()) for m in memories)
-    memories[0].update(img, batch[3])
+    memories[0].update(img, batch.labels_img)
     assert not unchanged(memories[0], before[0])
     assert unchanged(memories[1], before[1])
 
