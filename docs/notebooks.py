@@ -26,7 +26,13 @@ NBS = ROOT / "nbs"
 # what has no number, in reading order; what is not listed comes after it, by name
 UNNUMBERED = ["five_minutes", "change_a_loss"]
 UNNUMBERED += ["search", "hub", "synth", "lab", "cli", "tutorials", "ablations", "benchmarks"]
-TITLES = {"cli": "Command line", "eval": "Evaluation", "synth": "Drawn people", "train": "Training"}
+TITLES = {
+    "cli": "Command line",
+    "eval": "Evaluation",
+    "synth": "Drawn people",
+    "train": "Training",
+    "viz": "Figures",
+}
 PROJECT = ["CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 EXPORT, HIDDEN = {"export", "exporti", "exports"}, {"hide", "default_exp"}
 
