@@ -25,6 +25,7 @@ setup(
     license="MIT",
     keywords=cfg["keywords"],
     packages=find_packages(include=["cpcl", "cpcl.*"]),
+    package_data={"cpcl.synth": ["styles/*.json"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split() + cfg["platform_requirements"].split(),
     extras_require={

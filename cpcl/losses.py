@@ -46,7 +46,7 @@ def match_matrix(
     labels=None,  # `[B]` int tensor, the image's cluster, -1 = outlier; needed by "pseudo"
     kind: str = "pairs",  # "pairs": the same image; "pseudo": or the same cluster
 ):  # `[B, B]` bool, symmetric, true on the diagonal
-    "Which image row matches which caption row; an outlier matches only its own image (paper: ICPM's labels; outlier rule ours)."
+    "Which image row matches which caption row; an outlier matches only its own image (paper: ICPM)."
     if kind not in ("pairs", "pseudo"):
         raise ValueError(f"kind must be pairs or pseudo, got {kind!r}")
     match = image_row[:, None] == image_row
@@ -62,7 +62,7 @@ def projection_matching(
     match,  # `[A, B]` bool or 0/1, true where row and column belong together; at least one a row
     kl: str = "reverse",  # "reverse": KL(p||q), seeks a mode; "forward": KL(q||p), covers all of them
 ):  # scalar, the mean over the rows
-    "KL divergence between softmax(scores) and the normalised matches, one direction (paper: ICPM; CMPM, IRRA's SDM)."
+    "KL divergence of softmax(scores) and the normalised matches, one direction (paper: ICPM; IRRA's SDM)."
     if kl not in ("reverse", "forward"):
         raise ValueError(f"kl must be reverse or forward, got {kl!r}")
     if match.shape != scores.shape:
@@ -89,10 +89,10 @@ def icpm(
 def itc(
     img,  # `[B, D]` image features, row r belongs to pair r
     txt,  # `[B, D]` caption features
-    match=None,  # `[B, B]` bool from `match_matrix`: matches other than the own pair are left out; None: they count as wrong (plain InfoNCE)
+    match=None,  # `[B, B]` bool from `match_matrix`: matches beside the own pair are left out; None: wrong
     tau: float = 0.02,  # temperature, above 0
 ):  # scalar, the mean of both directions
-    "InfoNCE on the pairs, the mean of both directions (CLIP; InfoNCE; the left-out repeats are ours)."
+    "InfoNCE on the pairs, the mean of both directions (CLIP)."
     scores, own = logits(img, txt, tau), torch.arange(len(img), device=img.device)
     if match is not None:
         scores = scores.masked_fill(match & (own[:, None] != own), -torch.inf)

@@ -17,13 +17,13 @@ def check_targets(
     n: int,  # rows expected
     name: str = "labels",  # how the message calls it
 ):
-    "Refuse labels that do not name one of `k` prototypes or none, raises ValueError; values are seen on the CPU only (ours)."
+    "Check that labels name one of `k` prototypes or none; raises ValueError. Reads values on a CPU only."
     if labels.ndim != 1 or len(labels) != n or labels.is_floating_point():
         raise ValueError(f"{name} must be {n} integers, got {labels.dtype} of shape {tuple(labels.shape)}")
     if n and labels.device.type == "cpu":
         low, high = int(labels.min()), int(labels.max())
         if low < -1 or high >= k:
-            raise ValueError(f"{name} must lie in -1..{k - 1} for {k} prototypes, got {low}..{high}")
+            raise ValueError(f"{name} must be in -1..{k - 1} for {k} prototypes, got {low}..{high}")
 
 # %% ../nbs/50_pmm.ipynb #32839cf5
 def label_sums(
@@ -31,7 +31,7 @@ def label_sums(
     labels,  # `[n]` integer tensor, -1 = outlier, else 0..k-1
     k: int,  # number of prototypes
 ):  # (sums `[k, D]`, counts `[k]`), float32 or finer
-    "Sum of the unit rows of each label and their number, outliers left out: what processes can add up (ours)."
+    "Sum of the unit rows of each label and their number, without outliers: what processes can add up."
     check_targets(labels, k, len(feats))
     feats = unit(at_least_float32(feats))
     where = labels.long().masked_fill(labels < 0, k)
@@ -42,7 +42,7 @@ def label_sums(
 # %% ../nbs/50_pmm.ipynb #9f796acf
 def prototypes(
     feats,  # `[N, D]` unit rows, in row order; tensor or array
-    labels,  # `[N]` int, -1 = outlier, else 0..K-1 without gaps; mined rows have their mined label
+    labels,  # `[N]` int, -1 = outlier, else 0..K-1 without gaps; mined labels included
 ):  # `[K, D]` tensor of unit rows; K = 0 gives `[0, D]`
     "The normalised mean of the unit features of each label (paper: PMM, initialised from the clusters)."
     feats = check_features(torch.as_tensor(feats))
@@ -53,7 +53,7 @@ def prototypes(
 
 # %% ../nbs/50_pmm.ipynb #ce2b721d
 class PrototypeMemory(torch.nn.Module):
-    "One modality's prototypes and their momentum refresh (paper: PMM; the batch-mean rule is ours)."
+    "One modality's prototypes and their momentum refresh (paper: PMM)."
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class PrototypeMemory(torch.nn.Module):
         if protos.ndim != 2:
             raise ValueError(f"protos must be [K, D], got shape {tuple(protos.shape)}")
         if not 0 <= mu <= 1:
-            raise UserError(f"mu must lie in 0..1, got {mu}")
+            raise UserError(f"mu must be in 0..1, got {mu}")
         self.mu, self.refresh = float(mu), bool(refresh)
         self.register_buffer("protos", at_least_float32(protos.detach()).clone())
 
@@ -83,11 +83,11 @@ class PrototypeMemory(torch.nn.Module):
     @torch.no_grad()
     def update(
         self,
-        feats,  # `[B, D]` features of this step's forward, own modality; detached and scaled here
+        feats,  # `[B, D]` features of this step, own modality; detached and scaled here
         labels,  # `[B]` int tensor, -1 = outlier; duplicates count twice
-        reduce=None,  # adds the tuple (sums, counts) up over processes, e.g. `accelerator.reduce`; None for one process
+        reduce=None,  # adds up (sums, counts) over processes, e.g. `accelerator.reduce`; None: one process
     ):
-        "Move the prototypes of the labels present towards the batch's mean, P <- unit(mu P + (1-mu) f) (ours, after Cluster Contrast)."
+        "Move the prototypes of the labels present towards the batch's mean, P <- unit(mu P + (1-mu) f)."
         if not self.refresh or not len(self.protos):
             return
         sums, counts = label_sums(feats, labels, len(self.protos))
@@ -98,5 +98,5 @@ class PrototypeMemory(torch.nn.Module):
         self.protos = torch.where(present, new, self.protos).to(self.protos.dtype)
 
     def extra_repr(self):
-        "What printing the memory shows (torch)."
+        "What printing the memory shows."
         return f"K={len(self.protos)}, D={self.protos.shape[1]}, mu={self.mu}, refresh={self.refresh}"

@@ -1,4 +1,4 @@
-"What the test files share: which promise a test holds, noted for the table in nbs/benchmarks/reliability.ipynb."
+"Shared by the test files: which promise a test checks, for the table in nbs/benchmarks/reliability.ipynb."
 
 import json, os
 from pathlib import Path
@@ -10,7 +10,7 @@ KEPT = pytest.StashKey()
 
 @pytest.fixture
 def promise(request):
-    "promise(name, cases=1, **facts), called first thing: this test holds `name` with so many cases; a test that fails loses them."
+    "promise(name, cases=1, **facts): this test checks `name` in so many cases; a test that fails loses them."
     held = request.node.stash.setdefault(KEPT, [])
     return lambda name, cases=1, **facts: held.append((name, cases, facts))
 
@@ -37,7 +37,7 @@ def pytest_sessionfinish(session):
     if not (file := os.environ.get("CPCL_RECORD")) or not (kept := session.config.stash.get(KEPT, {})):
         return
     from cpcl.train.checkpoint import write_json
-    from cpcl.train.loop import environment
+    from cpcl.train.environment import environment
 
     told = {k: v for k, v in environment().items() if k != "command"}
     old = json.loads(Path(file).read_text(encoding="utf8")) if Path(file).is_file() else {}

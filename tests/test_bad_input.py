@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from cpcl.cli import main
 from cpcl.data.read import load_split, read_image
-from cpcl.encoder.towers import EncoderConfig, load_encoder
+from cpcl.encoder import EncoderConfig, load_encoder
 from cpcl.data.batches import END_OF_TEXT, token_lengths, tokenize
 from cpcl.synth.dataset import write_synth
 
@@ -697,13 +697,13 @@ BAD = {
         Case(
             "cut in the middle",
             TRAIN + " --pretrained {tmp}/run/last.safetensors",
-            ("last.safetensors", "not a whole safetensors file"),
+            ("last.safetensors", "not a complete safetensors file"),
             half_weights,
         ),
         Case(
             "no byte",
             TRAIN + " --pretrained {tmp}/x.safetensors",
-            ("x.safetensors", "not a whole safetensors file"),
+            ("x.safetensors", "not a complete safetensors file"),
             put("x.safetensors", b""),
         ),
         Case(
@@ -727,7 +727,7 @@ BAD = {
         Case(
             "a pickle by the name of safetensors",
             TRAIN + " --pretrained {tmp}/evil.safetensors",
-            ("evil.safetensors", "not a whole safetensors file"),
+            ("evil.safetensors", "not a complete safetensors file"),
             evil_safetensors,
         ),
         Case(
@@ -756,19 +756,19 @@ BAD = {
         Case(
             "scored: cut in the middle",
             "eval {tmp}/run --root {set}",
-            ("last.safetensors", "not a whole safetensors file"),
+            ("last.safetensors", "not a complete safetensors file"),
             half_weights,
         ),
         Case(
             "scored: a pickle with code in it",
             "eval {tmp}/run --root {set}",
-            ("last.safetensors", "not a whole safetensors file"),
+            ("last.safetensors", "not a complete safetensors file"),
             lambda tmp: (evil_pickle(tmp), (tmp / "evil.pth").replace(tmp / "run" / "last.safetensors")),
         ),
         Case(
             "exported: cut in the middle",
             "export {tmp}/run --out {tmp}/out",
-            ("last.safetensors", "not a whole safetensors file"),
+            ("last.safetensors", "not a complete safetensors file"),
             half_weights,
         ),
         Case(

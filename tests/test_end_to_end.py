@@ -1,4 +1,4 @@
-"From files on disk to result.json, through the command line, on every kind of data set; and the paper's size, once."
+"From files on disk to result.json, through the command line, on every kind of data set; once at the paper's size."
 
 import json, shutil
 
@@ -11,17 +11,8 @@ from cpcl.data.read import load_person, load_split
 from cpcl.synth.dataset import write_synth
 
 SMALL = [
-    "--pretrained",
-    "none",
-    "--height",
-    "48",
-    "--width",
-    "24",
-    "--epochs",
-    "1",
-    "--set",
-    "labels.image.k1=6",
-    "labels.caption.k1=6",
+    *"--pretrained none --height 48 --width 24 --epochs 1".split(),
+    *"--set labels.image.k1=6 labels.caption.k1=6".split(),
 ]
 
 
@@ -80,17 +71,19 @@ def test_train_own_folder_without_people(cuhk, tmp_path):
 
 def test_supervised_alone_reads_people(cuhk, tmp_path, monkeypatch):
     "For every other preset the identities may be anything: the weights come out the same."
-    import cpcl.train.loop
+    import cpcl.train.runs
 
     def weights(run):
         return (run / "last.safetensors").read_bytes()
 
     for preset in ("cpcl", "icpg", "supervised"):
         train(cuhk, tmp_path / preset, "--preset", preset)
-    honest = cpcl.train.loop.load_person
-    monkeypatch.setattr(
-        cpcl.train.loop, "load_person", lambda split: np.random.default_rng(0).permutation(honest(split))
-    )
+    honest = cpcl.data.read.load_person
+
+    def shuffled(split):
+        return np.random.default_rng(0).permutation(honest(split))
+
+    monkeypatch.setattr(cpcl.train.runs, "load_person", shuffled)
     for preset, same in (("cpcl", True), ("icpg", True), ("supervised", False)):
         train(cuhk, tmp_path / f"{preset}-wrong", "--preset", preset)
         assert (weights(tmp_path / preset) == weights(tmp_path / f"{preset}-wrong")) == same, preset
@@ -107,14 +100,16 @@ def test_bad_input_stops_before_training(cuhk, tmp_path, capsys):
 
 
 def test_paper_size_one_step_and_a_clustering():
-    "ViT-B/16 at 384x128 with 77 tokens: a step of batch 4 moves the weights; 2,000 rows of its width cluster."
+    "ViT-B/16 at 384x128, 77 tokens: a step of batch 4 moves the weights; 2,000 rows of its width cluster."
     from cpcl.cluster.labels import pseudo_labels
     from cpcl.train.config import make_config
     from cpcl.core import unit
-    from cpcl.encoder.towers import EncoderConfig, load_encoder
-    from cpcl.hcm import hcm_loss
+    from cpcl.encoder.towers import EncoderConfig
+    from cpcl.encoder.weights import load_encoder
+    from cpcl.hcm import Batch, hcm_loss
     from cpcl.data.batches import tokenize
     from cpcl.train.epoch import build_memories, build_optimizer, set_learning_rate
+    from cpcl.train.labels import Features, Labels
 
     torch.manual_seed(0)
     cfg = make_config("cpcl", "paper", encoder=EncoderConfig("ViT-B-16-quickgelu", ""))
@@ -126,11 +121,11 @@ def test_paper_size_one_step_and_a_clustering():
     img, txt = encoder(torch.randn(4, 3, 384, 128), tokens)
     assert img.shape == txt.shape == (4, 512)
     y = np.array([0, 0, 1, -1])
-    memories = build_memories(img.detach(), txt.detach(), y, y, cfg.memory, "cpu")
-    row = torch.arange(4)
-    loss, parts = hcm_loss(
-        img, txt, row, memories.y_img, memories.y_txt, memories.img.protos, memories.txt.protos, cfg.hcm
-    )
+    made = Features(img.detach().numpy(), txt.detach().numpy(), np.arange(4))
+    memories = build_memories(made, Labels(y, y), cfg.memory, "cpu")
+    rows = torch.arange(4)
+    batch = Batch(img, txt, rows, rows, memories.labels_img, memories.labels_txt)
+    loss = hcm_loss(batch, memories.protos, cfg.hcm).total
     before = encoder.clip.visual.conv1.weight.detach().clone()
     loss.backward()
     optimizer.step()

@@ -1,4 +1,4 @@
-"Killed, stopped, out of disk, on a torn file: a run that is taken up again ends as the run that nobody disturbed, bit for bit."
+"Killed, stopped, out of disk, a damaged file: a resumed run ends like an uninterrupted one, bit for bit."
 
 import json, multiprocessing, os, random, resource, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,33 +11,23 @@ from cpcl.synth.dataset import write_synth
 
 EPOCHS = 3
 WORDS = [
-    "--pretrained",
-    "none",
-    "--height",
-    "48",
-    "--width",
-    "24",
-    "--epochs",
-    str(EPOCHS),
-    "--batch-size",
-    "16",
-    "--set",
-    "labels.image.k1=4",
-    "labels.caption.k1=6",
+    *"--pretrained none --height 48 --width 24 --batch-size 16".split(),
+    *f"--epochs {EPOCHS} --set labels.image.k1=4 labels.caption.k1=6".split(),
 ]
-# Where a process may die: the n-th call of a function. "before" is at its entry, "half" after half of a file is written, "after" is when it has returned.
+# Where a process may die: at the n-th call of a function. "before" is at its entry, "half" after half of a
+# file is written, "after" is when it has returned.
 STAGES = {
     "reading images": ("cpcl.data.batches.pixels_of", "before"),
     "encoding images": ("cpcl.encoder.towers.Encoder.encode_image", "after"),
     "encoding captions": ("cpcl.encoder.towers.Encoder.encode_text", "before"),
-    "clustering": ("cpcl.cluster.labels.jaccard_graph", "after"),
-    "mining": ("cpcl.train.labels.mine", "before"),
-    "a step": ("cpcl.train.epoch.step_loss", "after"),
+    "clustering": ("cpcl.cluster.jaccard.jaccard_graph", "after"),
+    "mining": ("cpcl.oplm.mine", "before"),
+    "a step": ("cpcl.train.epoch.encode_batch", "after"),
     "the optimiser": ("torch.optim.Adam.step", "after"),
     "writing a file": ("safetensors.torch.save_file", "half"),
     "before a rename": ("os.replace", "before"),
     "after a rename": ("os.replace", "after"),
-    "scoring": ("cpcl.train.loop.score_split", "before"),
+    "scoring": ("cpcl.train.runs.score_split", "before"),
 }
 BY_TIME = "at any moment"
 
@@ -68,16 +58,13 @@ def _die():
 
 
 def _train(words, plan=None, counts=None, after=None):
-    "In a process of its own: `cpcl train`, dying as planned, counting calls, or changing the machine after a line of output."
+    "`cpcl train` in its own process: dies as planned, counts calls, or changes the machine after an epoch."
     import torch
 
     torch.set_num_threads(1)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # of loader processes, as in a process that a user starts
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # as in a terminal; a job in the background ignores Ctrl-C
+    # loader processes start as in a process that a user starts, and Ctrl-C works as in a terminal
+    multiprocessing.set_start_method("fork", force=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import cpcl.cli
 
     if plan:
@@ -103,14 +90,14 @@ def _train(words, plan=None, counts=None, after=None):
     if after:  # (part of a line, what to do then)
         import cpcl.train.loop
 
-        honest = cpcl.train.loop.epoch_line
+        honest = cpcl.train.history.epoch_line
 
         def _line(row, epochs):
-            if row["epoch"] == after[0]:
+            if row.epoch == after[0]:
                 after[1](words)
             return honest(row, epochs)
 
-        cpcl.train.loop.epoch_line = _line
+        cpcl.train.history.epoch_line = _line
     code = cpcl.cli.main(["train", *words])
     if counts is not None:
         Path(counts).write_text(json.dumps(seen))
@@ -120,9 +107,9 @@ def _train(words, plan=None, counts=None, after=None):
 
 
 def start(words, log, **how):
-    "The process of a training, its lines in a file; imports are done before it begins, so that it lives for seconds."
+    "A training in a process, its output in a file; imports are done before it starts, so it takes seconds."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cpcl.cli.program", "cpcl.train.loop", "open_clip", "test_kill"])
+    context.set_forkserver_preload(["cpcl.cli.program", "cpcl.train.runs", "open_clip", "test_kill"])
     process = context.Process(target=_logged, args=(words, str(log)), kwargs=how)
     process.start()
     return process
@@ -168,7 +155,7 @@ def undisturbed(tmp_path_factory):
 
 
 def left(run):
-    "What a finished run leaves behind: scores and weights as bytes, the history without its seconds, and the names of all files."
+    "What a finished run leaves: scores and weights as bytes, history without seconds, names of all files."
     files = {
         name: (run / name).read_bytes() for name in ("result.json", "last.safetensors", "best.safetensors")
     }
@@ -221,7 +208,7 @@ POINTS = [
 
 @pytest.fixture(scope="module")
 def disturbed(undisturbed, tmp_path_factory):
-    "The disturbances of `make test`, two at a time: stage or signal -> a future that is true when all is as if nothing had been."
+    "The interruptions of `make test`, two at a time: stage or signal -> a future, true if nothing was lost."
 
     def _killed(stage, base):
         return kill(stage, random.Random(f"{stage} 0"), base / "run", undisturbed), resume(
@@ -274,7 +261,7 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 def stop(which, run, undisturbed):
-    "Send a run a signal in the middle of its second epoch: it exits as it should, its state whole, nothing half-written."
+    "Send a run a signal in its second epoch: it exits as it should, state intact, nothing half-written."
     log = run.parent / "log"
     process = start(
         ["--root", str(undisturbed["root"]), "--out", str(run), *WORDS], log, after=(0, _Later(which))

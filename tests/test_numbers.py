@@ -10,7 +10,7 @@ from cpcl.core import UserError
 from cpcl.data.read import load_split
 from cpcl.encoder.towers import EncoderConfig
 from cpcl.synth.dataset import write_synth
-from cpcl.train.loop import train_run
+from cpcl.train.runs import train_run
 
 QUICK = {"optim.epochs": 1, "optim.batch_size": 16, "labels.image.k1": 6, "labels.caption.k1": 6}
 BLANK = EncoderConfig(pretrained="", height=48, width=24)
@@ -55,7 +55,7 @@ def spoil(monkeypatch):
     "spoil(what, numbers): the loss, a feature or a gradient of these steps is not finite."
     import cpcl.train.epoch
 
-    loss_of, step_of, count = cpcl.train.epoch.hcm_loss, cpcl.train.epoch.step_loss, iter(range(10**6))
+    loss_of, step_of, count = cpcl.hcm.hcm_loss, cpcl.train.epoch.step_loss, iter(range(10**6))
 
     def _spoil(what, numbers):
         def _loss(*args, **kwargs):

@@ -9,7 +9,7 @@ from cpcl.train.checkpoint import start_run
 from cpcl.train.config import make_config
 from cpcl.data.read import load_person, load_split
 from cpcl.lab.demo import sample_set
-from cpcl.encoder.towers import EncoderConfig, load_encoder, save_encoder
+from cpcl.encoder import EncoderConfig, load_encoder, save_encoder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytest.importorskip("gradio", reason="the page needs gradio")

@@ -1,4 +1,4 @@
-"A training shared among processes makes the run of one: labels, memories, losses; and a process that dies ends it."
+"Several processes make the run of one: labels, memories, losses; and a process that dies ends the run."
 
 import json, os, subprocess, sys, time
 
@@ -9,48 +9,67 @@ import torch
 from cpcl.train.checkpoint import read_history
 from cpcl.synth.dataset import write_synth
 
-# fp64: in double precision two orders of addition differ in the sixteenth digit, and two epochs later still not in the ninth.
+# fp64: two orders of addition differ in the sixteenth digit, and two epochs later not in the ninth.
 SETTINGS = [
-    "--pretrained",
-    "none",
-    "--height",
-    "48",
-    "--width",
-    "24",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "15",
-    "--set",
-    "labels.image.k1=6",
-    "labels.caption.k1=6",
-    "optim.precision=fp64",
+    *"--pretrained none --height 48 --width 24 --epochs 2 --batch-size 15".split(),
+    *"--set labels.image.k1=6 labels.caption.k1=6 optim.precision=fp64".split(),
 ]
-# What a process does: `cpcl train`, noting what it saw of every epoch: labels, prototypes as they were left, which rows it encoded, who wrote what.
+# What a process does: `cpcl train`, noting what it saw of every epoch: labels, prototypes as they were left,
+# which rows it encoded, who wrote what.
 NOTED = """
-import json, os, sys, torch, cpcl.train.checkpoint, cpcl.core, cpcl.train.processes, cpcl.train.epoch, cpcl.eval.scores, cpcl.train.labels, cpcl.train.loop
+import json, os, sys, torch
+import cpcl.train.checkpoint, cpcl.train.epoch, cpcl.train.loop, cpcl.train.runs
+
 torch.set_num_threads(1)
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-notes, calls, steps, written, encoded = [], dict(labels=0, evaluated=0), [], [], []
-honest, step, label, rank_all, keep = cpcl.train.loop.train_epoch, cpcl.train.epoch.step_loss, cpcl.train.epoch.epoch_labels, cpcl.train.loop.evaluate, cpcl.train.checkpoint.atomic_path
-def epoch(model, optimizer, loader, memories, *args, **kwargs):
+notes, calls, steps, written = [], dict(labels=0, evaluated=0), [], []
+walk, encode = cpcl.train.epoch.train_epoch, cpcl.train.epoch.encode_batch
+label, rank_all, keep = cpcl.train.loop._label, cpcl.eval.scores.evaluate, cpcl.train.checkpoint.atomic_path
+
+def noted_walk(model, optimizer, loader, memories, *args, **kwargs):
     assert args[1].num_processes == world == (torch.distributed.get_world_size() if world > 1 else 1)
-    row = honest(model, optimizer, loader, memories, *args, **kwargs)
-    notes.append(dict(y_img=memories.y_img.clone(), y_txt=memories.y_txt.clone(), img=memories.img.protos.clone(), txt=memories.txt.protos.clone(), row=row))
-    return row
-def one(model, batch, *args, **kwargs):
-    if os.environ.get("DIES") == f"{rank}" and len(steps) == 3: exec(os.environ["HOW"])
-    loss, parts, pairs = step(model, batch, *args, **kwargs)
-    steps.append(dict(mine=batch["caption_row"].tolist(), all=pairs.caption_row.tolist(), graph=pairs.img.requires_grad and pairs.txt.requires_grad, icpm=float(parts["icpm"])))
-    return loss, parts, pairs
-def labels(*args, **kwargs): calls["labels"] += 1; return label(*args, **kwargs)
-def evaluated(*args, **kwargs): calls["evaluated"] += 1; return rank_all(*args, **kwargs)
-def wrote(path): written.append(os.path.basename(path)); return keep(path)
-cpcl.train.loop.train_epoch, cpcl.train.epoch.step_loss, cpcl.train.epoch.epoch_labels, cpcl.train.loop.evaluate, cpcl.train.checkpoint.atomic_path = epoch, one, labels, evaluated, wrote
+    means = walk(model, optimizer, loader, memories, *args, **kwargs)
+    labels = dict(labels_img=memories.labels_img.clone(), labels_txt=memories.labels_txt.clone())
+    protos = dict(img=memories.img.protos.clone(), txt=memories.txt.protos.clone())
+    row = means.terms | dict(lr=means.lr, gradient=means.gradient, skipped=means.skipped)
+    notes.append(labels | protos | dict(row=row))
+    return means
+
+def noted_batch(model, share, *args, **kwargs):
+    if os.environ.get("DIES") == f"{rank}" and len(steps) == 3:
+        exec(os.environ["HOW"])
+    batch = encode(model, share, *args, **kwargs)
+    graph = batch.img.requires_grad and batch.txt.requires_grad
+    steps.append(dict(mine=share["caption_row"].tolist(), all=batch.caption_row.tolist(), graph=graph))
+    return batch
+
+def noted_loss(value):
+    loss = as_loss(value)
+    steps[-1]["icpm"] = float(loss.terms["icpm"])
+    return loss
+
+def counted(name, function):
+    def wrapper(*args, **kwargs):
+        calls[name] += 1
+        return function(*args, **kwargs)
+    return wrapper
+
+def wrote(path):
+    written.append(os.path.basename(path))
+    return keep(path)
+
+as_loss = cpcl.train.epoch.as_loss
+cpcl.train.epoch.encode_batch, cpcl.train.epoch.as_loss = noted_batch, noted_loss
+cpcl.train.epoch.train_epoch, cpcl.train.loop._label = noted_walk, counted("labels", label)
+cpcl.eval.scores.evaluate = counted("evaluated", rank_all)
+cpcl.train.checkpoint.atomic_path = wrote
+
 def main(words):
     from cpcl.cli import main
     code = main(words)
-    if os.environ.get("NOTES"): torch.save(dict(notes=notes, calls=calls, steps=steps, written=written, world=world), f"{os.environ['NOTES']}/{world}-{rank}.pt")
+    if os.environ.get("NOTES"):
+        found = dict(notes=notes, calls=calls, steps=steps, written=written, world=world)
+        torch.save(found, f"{os.environ['NOTES']}/{world}-{rank}.pt")
     return code
 """
 SCRIPT = NOTED + "sys.exit(main(json.loads(os.environ['WORDS'])))"
@@ -59,12 +78,15 @@ import os
 os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
 from accelerate import notebook_launcher
 def training(words):
-    import torch; torch.set_num_threads(1)
-    from cpcl.train.loop import train_run
-    from cpcl.encoder.towers import EncoderConfig
+    import torch
+    torch.set_num_threads(1)
+    from cpcl.encoder import EncoderConfig
+    from cpcl.train import train_run
     root, out = words
     assert torch.distributed.is_initialized() is False
-    train_run(root, out, encoder=EncoderConfig(pretrained="", height=48, width=24), changes={"optim.epochs": 2, "optim.batch_size": 15, "labels.image.k1": 6, "labels.caption.k1": 6, "optim.precision": "fp64", "optim.warmup": 1})
+    encoder = EncoderConfig(pretrained="", height=48, width=24)
+    changes = {"optim.epochs": 2, "optim.batch_size": 15, "optim.precision": "fp64", "optim.warmup": 1}
+    train_run(root, out, encoder=encoder, changes=changes | {"labels.image.k1": 6, "labels.caption.k1": 6})
     assert torch.distributed.get_world_size() == 2
 notebook_launcher(training, (WORDS,), num_processes=2, use_port="PORT")
 """
@@ -72,7 +94,7 @@ notebook_launcher(training, (WORDS,), num_processes=2, use_port="PORT")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    "A set whose sizes nothing divides: 15 pairs a batch leave a last one, and no two or three processes share its images or captions evenly."
+    "A set whose sizes nothing divides: a batch of 15 leaves a rest, and so do two or three processes."
     from cpcl.data.read import load_split
 
     root = write_synth(tmp_path_factory.mktemp("several") / "set", people=16, seed=12, splits=(11, 2, 3))
@@ -111,11 +133,9 @@ def free_port():
 
 def launch(script, world, words, seconds=240, **more):
     "The script in `world` processes, by torchrun unless it is one."
-    by = (
-        ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", free_port()]
-        if world > 1
-        else []
-    )
+    by = []
+    if world > 1:
+        by = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", free_port()]
     return subprocess.run(
         [sys.executable, *by, str(script)],
         env=environment(WORDS=json.dumps(words), **more),
@@ -135,12 +155,8 @@ def runs(root, tmp_path_factory):
 
     def _run(world):
         if world not in made:
-            done = launch(
-                script,
-                world,
-                ["train", "--root", str(root), "--out", str(base / f"{world}"), *SETTINGS],
-                NOTES=str(base),
-            )
+            words = ["train", "--root", str(root), "--out", str(base / f"{world}"), *SETTINGS]
+            done = launch(script, world, words, NOTES=str(base))
             assert done.returncode == 0, done.stderr
             made[world] = base / f"{world}", [torch.load(base / f"{world}-{r}.pt") for r in range(world)]
         return made[world]
@@ -153,7 +169,7 @@ def same_training(runs, world):
     assert alone["world"] == 1 and [n["world"] for n in noted] == [world] * world
     for n in noted:  # labels, memories and losses, on every rank
         for a, b in zip(alone["notes"], n["notes"], strict=True):
-            assert torch.equal(a["y_img"], b["y_img"]) and torch.equal(a["y_txt"], b["y_txt"])
+            assert all(torch.equal(a[k], b[k]) for k in ("labels_img", "labels_txt"))
             for m in ("img", "txt"):
                 assert a[m].dtype == torch.float64 and a[m].shape == b[m].shape and len(a[m]) > 1
                 assert (a[m] - b[m]).abs().max() < 1e-9
@@ -167,14 +183,12 @@ def same_training(runs, world):
         mine = [n["steps"][i]["mine"] for n in noted]
         assert all(n["steps"][i]["all"] == step["all"] and n["steps"][i]["graph"] for n in noted)
         assert all(abs(n["steps"][i]["icpm"] - step["icpm"]) < 1e-9 for n in noted)
-        assert {len(m) for m in mine} == {-(-len(step["all"]) // world)} and set().union(*mine) == set(
-            step["all"]
-        )
-    assert {len(s["all"]) for s in alone["steps"]} == {15, len(alone["notes"][0]["y_txt"]) % 15}
+        assert {len(m) for m in mine} == {-(-len(step["all"]) // world)}
+        assert set().union(*mine) == set(step["all"])
+    assert {len(s["all"]) for s in alone["steps"]} == {15, len(alone["notes"][0]["labels_txt"]) % 15}
     assert [n["calls"]["labels"] for n in noted] == [2] + [0] * (world - 1)  # clustering once
-    assert [n["calls"]["evaluated"] for n in noted] == [4] + [0] * (
-        world - 1
-    )  # two epochs' val, last and best on test
+    # two epochs' val, last and best on test
+    assert [n["calls"]["evaluated"] for n in noted] == [4] + [0] * (world - 1)
     assert noted[0]["written"] and not any(n["written"] for n in noted[1:])  # rank 0 alone writes
     a, b = (json.loads((run / "result.json").read_text()) for run in (one, several))
     assert a == b and a["last"]["queries"] > 0
@@ -182,18 +196,20 @@ def same_training(runs, world):
         assert all(abs(x[k] - y[k]) < 1e-9 for k in ("val_R1", "val_mAP", "ari_img", "clusters_txt"))
 
 
+SAME = (
+    "1 and 2 processes give the same labels, memories and losses (float64, 1e-9), "
+    "with a short last batch and sizes nothing divides"
+)
+
+
 def test_two_processes_make_the_same_run(runs, promise):
-    promise(
-        "1 and 2 processes give the same labels, memories and losses (float64, 1e-9), with a short last batch and sizes nothing divides"
-    )
+    promise(SAME)
     same_training(runs, 2)
 
 
 @pytest.mark.slow
 def test_three_processes_make_the_same_run(runs, promise):
-    promise(
-        "1 and 2 processes give the same labels, memories and losses (float64, 1e-9), with a short last batch and sizes nothing divides"
-    )
+    promise(SAME)
     same_training(runs, 3)
 
 
@@ -203,17 +219,22 @@ def test_features_are_shared_and_in_row_order(root, tmp_path, promise):
     script = tmp_path / "features.py"
     script.write_text("""
 import json, os, torch
-from cpcl.data.read import load_split
+from cpcl.data import load_split
+from cpcl.encoder import Encoder, EncoderConfig, features, load_encoder
 from cpcl.train.processes import shared_features, start_processes
-from cpcl.encoder.towers import EncoderConfig, Encoder, features, load_encoder
-torch.set_num_threads(1); torch.manual_seed(0)
-accelerator, _ = start_processes(); assert accelerator.num_processes == torch.distributed.get_world_size() == 2
-encoder, split = load_encoder(EncoderConfig(pretrained="", height=48, width=24)).double(), load_split(json.loads(os.environ["WORDS"]))
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+accelerator, _ = start_processes()
+assert accelerator.num_processes == torch.distributed.get_world_size() == 2
+encoder = load_encoder(EncoderConfig(pretrained="", height=48, width=24)).double()
+split = load_split(json.loads(os.environ["WORDS"]))
 whole, rows, honest = features(encoder, split, batch_size=7), [], Encoder.encode_image
 Encoder.encode_image = lambda self, x: rows.append(len(x)) or honest(self, x)
 shared = shared_features(encoder, split, batch_size=7)
 assert sum(rows) == len(range(accelerator.process_index, len(split.images), 2)), rows
-for a, b in zip(whole, shared): assert a.shape == b.shape and abs(a - b).max() < 1e-12
+for a, b in zip(whole, shared):
+    assert a.shape == b.shape and abs(a - b).max() < 1e-12
 """)
     done = launch(script, 2, str(root))
     assert done.returncode == 0, done.stderr
@@ -221,7 +242,7 @@ for a, b in zip(whole, shared): assert a.shape == b.shape and abs(a - b).max() <
 
 @pytest.mark.slow
 def test_resumed_by_two_processes(runs, root, tmp_path, promise):
-    promise("a run that one process began goes on in two, the optimiser's state shared by the first")
+    promise("a run that one process started is resumed by two, the optimiser's state shared by the first")
     import shutil
 
     shutil.copytree(runs(1)[0], tmp_path / "run")
@@ -262,8 +283,8 @@ def test_a_rank_that_dies_ends_the_run(rank, how, traceback, root, tmp_path, pro
 
 
 @pytest.mark.slow
-def test_what_the_user_can_mend_is_said_once(root, tmp_path, promise):
-    promise("bad input of several processes is said once")
+def test_an_error_of_the_user_is_printed_once(root, tmp_path, promise):
+    promise("bad input of several processes is reported once")
     script = tmp_path / "noted.py"
     script.write_text(SCRIPT)
     done = launch(
@@ -301,7 +322,8 @@ def test_a_rank_that_dies_in_a_notebook(root, tmp_path, promise):
 
     broken = NOTEBOOK.replace(
         "root, out = words",
-        "root, out = words\n    import cpcl.train.epoch, os\n    if os.environ['RANK'] == '1': cpcl.train.epoch.hcm_loss = lambda *a, **k: 1 / 0",
+        "root, out = words\n    import cpcl.train.epoch, os\n"
+        "    if os.environ['RANK'] == '1': cpcl.train.epoch.as_loss = lambda *a, **k: 1 / 0",
     )
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="ZeroDivisionError"):
         execute(

@@ -72,7 +72,7 @@ class Train:
         "Train, evaluate, print where things lie."
         from cpcl.lab.demo import sample_set
         from cpcl.encoder.towers import EncoderConfig
-        from cpcl.train.loop import train_run
+        from cpcl.train.runs import train_run
 
         if self.workers < 0:
             raise UserError(f"--workers must be 0 (decode in this process) or more, got {self.workers}")
@@ -156,7 +156,7 @@ class Eval:
         from cpcl.train.checkpoint import load_run
         from cpcl.data.read import load_person, load_split
         from cpcl.lab.demo import sample_set
-        from cpcl.encoder.towers import features
+        from cpcl.encoder.extract import features
         from cpcl.eval.scores import evaluate, rerank, score_matrix
         from cpcl.eval.intervals import bootstrap_interval
 
@@ -271,7 +271,7 @@ class Convert:
 
     def run(self) -> int:
         "Convert, with a warning before."
-        from cpcl.encoder.towers import convert
+        from cpcl.encoder.weights import convert
 
         if not Path(self.file).is_file():
             raise UserError(f"no such file: {self.file}; give the .pt that OpenAI ships")

@@ -4,5 +4,7 @@ from .._front_door import front_door
 
 __getattr__, __dir__, __all__ = front_door(
     __name__,
-    towers="Encoder EncoderConfig features load_encoder save_encoder",
+    towers="Encoder EncoderConfig architecture",
+    weights="load_encoder save_encoder convert",
+    extract="features",
 )

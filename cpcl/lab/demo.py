@@ -15,9 +15,11 @@ import pandas as pd
 from ..train.config import make_config
 from ..core import UserError, repo_root
 from ..data.read import Split, load_person, load_split, read_image
-from ..encoder.towers import features, load_encoder
+from ..encoder.weights import load_encoder
+from ..encoder.extract import features
 from ..synth.dataset import write_synth
-from ..train.loop import load_run, score_split, train_run
+from ..train.checkpoint import load_run
+from ..train.runs import score_split, train_run
 from ..viz import ranked_lists
 
 # %% ../../nbs/lab/03_demo.ipynb #6dfa9c2b

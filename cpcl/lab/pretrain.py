@@ -20,13 +20,14 @@ from ..cluster.labels import ClusterConfig, pseudo_labels
 from ..eval.label_quality import label_quality
 from ..train.config import OptimConfig, learning_rate
 from ..core import UserError, keyed_rng, progress, seed_everything
-from ..encoder.towers import Encoder, save_encoder
+from ..encoder.towers import Encoder
+from ..encoder.weights import save_encoder
 from ..train.epoch import build_optimizer, set_learning_rate
 from ..eval.scores import score_queries
 from ..data.batches import CLIP_MEAN, CLIP_STD, tokenize
 from ..losses import itc
 from ..synth.dataset import SynthWorld
-from ..train.loop import environment
+from ..train.environment import environment
 
 # %% ../../nbs/lab/00_pretrain.ipynb #9714115c
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ def write_card(
 ) -> Path:  # the card
     "Ask the tiny CLIP about both domains and write `card.json` and `README.md` (ours)."
     import json
-    from cpcl.encoder.towers import EncoderConfig, load_encoder
+    from cpcl.encoder.towers import EncoderConfig
+    from cpcl.encoder.weights import load_encoder
 
     folder = Path(folder)
     encoder = load_encoder(EncoderConfig(pretrained=str(folder / "model.safetensors")))

@@ -4,8 +4,10 @@ from .._front_door import front_door
 
 __getattr__, __dir__, __all__ = front_door(
     __name__,
-    config="PRESETS TrainConfig OptimConfig MemoryConfig make_config",
-    labels="LabelConfig epoch_labels",
-    loop="fit train_run score_run score_split",
+    config="PRESETS MemoryConfig OptimConfig TrainConfig make_config",
+    labels="Features LabelConfig Labels epoch_labels",
+    loop="fit",
+    runs="RunResult score_run score_split train_run",
     checkpoint="load_run read_config read_history",
+    hooks="load_function",
 )

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'IMAGE_MIN_SAMPLES', 'SMALL_SET', 'SMALL_CLUSTERS', 'SCHEDULES', 'OptimConfig', 'learning_rate',
-           'MemoryConfig', 'TrainConfig', 'override', 'data_settings', 'make_config', 'config_dict', 'config_from']
+           'MemoryConfig', 'TrainConfig', 'loss_settings', 'override', 'data_settings', 'make_config', 'config_dict',
+           'config_from']
 
 # %% ../../nbs/80_train/00_config.ipynb #5e30b8eb
 import dataclasses, math, types, typing
@@ -20,7 +21,7 @@ from ..data.batches import AugmentConfig
 # %% ../../nbs/80_train/00_config.ipynb #95690ba7
 @dataclass(frozen=True)
 class OptimConfig:
-    "Optimiser, schedule and budget (IRRA's, as the field uses them)."
+    "Optimiser, schedule and budget (IRRA)."
 
     lr: float = 1e-5  # peak learning rate of Adam
     epochs: int = 60  # passes over the captions
@@ -31,7 +32,7 @@ class OptimConfig:
     adam_eps: float = 1e-8  # the field's repositories say 1e-3, which hides fp16 trouble
     clip_norm: float = 1000.0  # a longer gradient is shortened to this
     precision: Literal["auto", "fp32", "bf16", "fp64"] = (
-        "auto"  # auto: bf16 towers on a GPU that computes with them, else fp32; fp64: to compare last digits
+        "auto"  # of the towers; auto: bf16 where a GPU has it
     )
     deterministic: bool = (
         False  # on a GPU: the same bits every time, slower; a processor repeats itself anyway
@@ -43,10 +44,11 @@ class OptimConfig:
                 raise UserError(f"optim.{name} must be above 0, got {getattr(self, name)}")
         if self.batch_size < 2:
             raise UserError(
-                f"optim.batch_size must be at least 2 (a pair needs another to differ from), got {self.batch_size}"
+                "optim.batch_size must be at least 2 (a pair needs another to differ from), "
+                f"got {self.batch_size}"
             )
         if not 0 <= self.warmup <= self.epochs:
-            raise UserError(f"optim.warmup must lie in 0..epochs={self.epochs}, got {self.warmup}")
+            raise UserError(f"optim.warmup must be in 0..epochs={self.epochs}, got {self.warmup}")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
         if self.precision not in ("auto", "fp32", "bf16", "fp64"):
@@ -58,8 +60,7 @@ def learning_rate(
     total: int,  # steps of the whole run
     warm: int,  # steps of the warm-up
 ) -> float:  # factor of the peak, in 0..1
-    "Linear warm-up from a tenth, then a cosine to zero, stepwise (IRRA's schedule)."
-
+    "Linear warm-up from a tenth, then a cosine to zero, step by step (IRRA)."
     if step < warm:
         return 0.1 + 0.9 * step / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
@@ -67,19 +68,19 @@ def learning_rate(
 # %% ../../nbs/80_train/00_config.ipynb #9c90cebe
 @dataclass(frozen=True)
 class MemoryConfig:
-    "The prototype memory (paper section 3.3)."
+    "The prototype memory (paper: PMM)."
 
     mu: float = 0.1  # share of the old prototype kept at a refresh, 0..1
     refresh: bool = True  # refresh by momentum during the epoch, or keep the initial prototypes
 
     def __post_init__(self):
         if not 0 <= self.mu <= 1:
-            raise UserError(f"memory.mu must lie in 0..1, got {self.mu}")
+            raise UserError(f"memory.mu must be in 0..1, got {self.mu}")
 
 # %% ../../nbs/80_train/00_config.ipynb #5867dc3b
 @dataclass(frozen=True)
 class TrainConfig:
-    "All that determines a run (ours)."
+    "Everything that determines a run."
 
     preset: str = "cpcl"  # the method's name, for tables
     seed: int = 0  # of initialisation, order and augmentation
@@ -93,7 +94,15 @@ class TrainConfig:
 
     def __post_init__(self):
         if not 0 <= self.chm_after <= 1:
-            raise UserError(f"chm_after is a share of the epochs and must lie in 0..1, got {self.chm_after}")
+            raise UserError(f"chm_after is a share of the epochs and must be in 0..1, got {self.chm_after}")
+
+
+def loss_settings(
+    cfg: TrainConfig,  # the run
+    epoch: int,  # 0-based
+) -> HCMConfig:  # the settings of this epoch's loss
+    "The settings of the loss in an epoch: CHM starts after `chm_after` of the epochs (ICPG)."
+    return cfg.hcm if epoch >= cfg.chm_after * cfg.optim.epochs else replace(cfg.hcm, chm=0.0)
 
 # %% ../../nbs/80_train/00_config.ipynb #9f454ad7
 PRESETS = {
@@ -114,46 +123,65 @@ PRESETS = {
 # %% ../../nbs/80_train/00_config.ipynb #8c7da9ea
 def _cast(value, kind, name):
     "`value` (perhaps text) as the type of a field."
-    options = typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Literal:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
         if value not in options:
             raise UserError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r}")
         return value
     if type(None) in options:
         if value is None or value == "none":
             return None
-        kind = next(o for o in options if o is not type(None))
-    if kind in (tuple, list) or typing.get_origin(kind) in (tuple, list):
+        return _cast(value, next(o for o in options if o is not type(None)), name)
+    if tuple in (kind, origin) or list in (kind, origin):
+        return _numbers(value, name)
+    if origin in (typing.Union, types.UnionType):
+        return _first_that_fits(value, options, name)
+    return _flag(value, name) if kind is bool else _plain(value, kind, name)
+
+
+def _numbers(value, name):
+    "A tuple of numbers from a sequence or from text with commas."
+    try:
+        return tuple(float(v) for v in (value.split(",") if isinstance(value, str) else value))
+    except (TypeError, ValueError):
+        raise UserError(f"{name} must be numbers with a comma between them, got {value!r}") from None
+
+
+def _first_that_fits(value, kinds, name):
+    "A number or a word: the first type that takes the value."
+    for kind in kinds:
         try:
-            return tuple(float(v) for v in (value.split(",") if isinstance(value, str) else value))
+            return kind(value)
         except (TypeError, ValueError):
-            raise UserError(f"{name} must be numbers with a comma between them, got {value!r}") from None
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # a number or a word: the first that fits
-        for option in options:
-            try:
-                return option(value)
-            except (TypeError, ValueError):
-                pass
-    if kind is bool:
-        if str(value).lower() not in ("true", "false", "0", "1"):
-            raise UserError(f"{name} must be true or false, got {value!r}")
-        return str(value).lower() in ("true", "1")
-    said = {int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__)
+            pass
+    raise UserError(f"{name} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
+
+
+def _flag(value, name):
+    "True or false, as a bool or as text."
+    if str(value).lower() not in ("true", "false", "0", "1"):
+        raise UserError(f"{name} must be true or false, got {value!r}")
+    return str(value).lower() in ("true", "1")
+
+
+def _plain(value, kind, name):
+    "An int, a float or a str; a fraction is no int."
+    expected = {int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__)
     try:
         cast = kind(value)
     except (TypeError, ValueError):
-        raise UserError(f"{name} must be {said}, got {value!r}") from None
+        raise UserError(f"{name} must be {expected}, got {value!r}") from None
     if kind is int and float(value) != cast:
-        raise UserError(f"{name} must be {said}, got {value!r}")
+        raise UserError(f"{name} must be {expected}, got {value!r}")
     return cast
 
 # %% ../../nbs/80_train/00_config.ipynb #e65e409c
 def override(
     cfg,  # a (nested) frozen dataclass
     changes: dict,  # dotted field name -> value, as text or already of its type
-    inside: str = "",  # the group that `cfg` is, with its dot, for messages
+    inside: str = "",  # the group that `cfg` is, with its dot; for messages
 ):  # a new configuration
-    "Change fields by dotted name; raises UserError for an unknown name, a wrong type or a value out of range (ours)."
+    "Change fields by dotted name; raises UserError for an unknown name or a bad value."
     for name, value in changes.items():
         head, _, rest = name.partition(".")
         hints = typing.get_type_hints(type(cfg))
@@ -189,7 +217,7 @@ def data_settings(
     name: str,  # the data set's name
     images: int,  # unique training images
 ) -> dict:  # overrides for `override`
-    "Settings of clustering and mining that follow the data set (Cluster Contrast's values; those for small sets are ours)."
+    "Settings of clustering and mining that follow the data set (Cluster Contrast)."
     found = {"labels.image.min_samples": IMAGE_MIN_SAMPLES.get(name, 2)}
     return found | (SMALL_CLUSTERS if images < SMALL_SET else {})
 
@@ -210,31 +238,27 @@ def make_config(
     seed: int = 0,  # of the run
     changes: dict = None,  # last word: dotted field name -> value
 ) -> TrainConfig:  # the whole configuration
-    "Schedule, data, preset, then changes, in this order (ours)."
+    "A whole configuration: schedule, data, preset, then changes, in this order; raises UserError."
     if preset not in PRESETS:
         raise UserError(f"no preset {preset!r}; there are: {', '.join(PRESETS)}")
     if schedule not in SCHEDULES:
         raise UserError(f"no schedule {schedule!r}; there are: {', '.join(SCHEDULES)}")
     if changes and "preset" in changes:
         raise UserError("a preset is a whole set of settings: give --preset, not --set preset=")
-    layers = (
-        SCHEDULES[schedule]
-        | (data_settings(data, images) if images else {})
-        | PRESETS[preset]
-        | (changes or {})
-    )
+    by_data = data_settings(data, images) if images else {}
+    layers = SCHEDULES[schedule] | by_data | PRESETS[preset] | (changes or {})
     return override(TrainConfig(preset=preset, encoder=encoder, seed=seed), _together(layers))
 
 
 def _together(changes):
-    "Changes in an order that keeps every intermediate configuration valid (a shorter warm-up before fewer epochs)."
+    "Changes in an order in which every step is valid: a shorter warm-up before fewer epochs."
     return dict(sorted(changes.items(), key=lambda kv: kv[0] != "optim.warmup"))
 
 # %% ../../nbs/80_train/00_config.ipynb #384e98c8
 def config_dict(
     cfg,  # a (nested) dataclass
 ) -> dict:  # plain JSON values
-    "A configuration as plain values (ours)."
+    "A configuration as plain values."
     return dataclasses.asdict(cfg)
 
 
@@ -242,18 +266,16 @@ def config_from(
     values: dict,  # what `config_dict` gave, perhaps through JSON
     kind: type = TrainConfig,  # the dataclass to make
 ):  # the configuration
-    "Rebuild a configuration; raises UserError for an unknown or ill-typed field (ours)."
+    "Rebuild a configuration; raises UserError for an unknown or ill-typed field."
     if not isinstance(values, dict):
         raise UserError(f"{kind.__name__} must be a group of settings, got {values!r}")
     hints, made = typing.get_type_hints(kind), {}
     for name, value in values.items():
         if name not in hints:
             raise UserError(
-                f"this version knows no setting {name!r} in {kind.__name__}: the run was made by another version"
+                f"this version knows no setting {name!r} in {kind.__name__}: "
+                "the run was made by another version"
             )
-        made[name] = (
-            config_from(value, hints[name])
-            if dataclasses.is_dataclass(hints[name])
-            else _cast(value, hints[name], name)
-        )
+        group = dataclasses.is_dataclass(hints[name])
+        made[name] = config_from(value, hints[name]) if group else _cast(value, hints[name], name)
     return kind(**made)

@@ -13,19 +13,19 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from ..core import UserError
-from ..encoder.towers import features
+from ..encoder.extract import features
 
 # %% ../../nbs/80_train/06_processes.ipynb #4c9abd40
 def interleave(
     parts: list,  # W tensors `[b, ...]`, process by process
     size: int,  # true rows of the global batch, at most W*b
 ) -> torch.Tensor:  # `[size, ...]` in global order
-    "Undo the dealing: row i of process r was global row i*W + r; fillers at the end are cut (ours)."
+    "Undo the dealing: row i of process r was global row i*W + r; fillers at the end are cut off."
     return torch.stack(parts, 1).flatten(0, 1)[:size]
 
 # %% ../../nbs/80_train/06_processes.ipynb #f3bb0cae
 class _Gather(torch.autograd.Function):
-    "`[W, b, ...]` from every process's `[b, ...]`; backward, a process keeps its own rows' gradient, W times."
+    "`[W, b, ...]` from every process's `[b, ...]`; backward, the gradient of its own rows, W times."
 
     @staticmethod
     def forward(ctx, x):
@@ -43,12 +43,12 @@ class _Gather(torch.autograd.Function):
 def share(
     accelerator,  # accelerate's
 ) -> dict:  # rank and world, as `pair_loader` takes them
-    "Which part of every batch is this process's (ours)."
+    "Which part of every batch belongs to this process."
     return dict(rank=accelerator.process_index, world=accelerator.num_processes)
 
 
 def several() -> bool:  # whether more than one process trains together
-    "Is this one of several processes? (torch.distributed)"
+    "Is this one of several processes?"
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -56,14 +56,14 @@ def gather_rows(
     x: torch.Tensor,  # `[b, ...]`, this process's share
     size: int,  # true rows of the global batch
 ) -> torch.Tensor:  # `[size, ...]`, the same on every process, differentiable if `x` is
-    "The whole batch in global order, on every process; for losses that every process computes alike (torch.distributed)."
+    "The complete batch in global order, on every process."
     return interleave(list(_Gather.apply(x.contiguous()).unbind()), size) if several() else x[:size]
 
 # %% ../../nbs/80_train/06_processes.ipynb #7ca3788c
 def add_up(
     x: torch.Tensor,  # on the CPU
 ) -> torch.Tensor:  # the sum over the processes, on the CPU
-    "Sum a tensor over all processes (torch.distributed)."
+    "Sum a tensor over all processes."
     if not several():
         return x
     x = x.cuda() if dist.get_backend() == "nccl" else x
@@ -76,7 +76,7 @@ def shared_features(
     split,  # as for `features`
     **kwargs,  # `batch_size`, `workers`, `cache` of `features`
 ) -> tuple:  # img `[N, D]`, txt `[M, D]`: unit rows in row order, the same in every process
-    "Encode a split, each process its share of the rows; all of them call it (ours)."
+    "Encode a split, each process its share of the rows; all of them call it."
     if not several():
         return features(encoder, split, **kwargs)
     return features(
@@ -87,7 +87,7 @@ def shared_features(
 def once(
     make,  # called without arguments, in the first process only
 ):  # what it gave, in every process
-    "Do something in one process and share its result, or its exception, with all (torch.distributed)."
+    "Do something in one process and share its result, or its exception, with all."
     if not several():
         return make()
     box = [None, None]
@@ -110,11 +110,12 @@ def start_processes(
     precision: str = "auto",  # "auto", "fp32", "bf16" or "fp64"
     deterministic: bool = False,  # the same bits every time on a GPU too
 ) -> tuple:  # (accelerate's Accelerator, whether the towers run in bf16)
-    "Meet the other processes, if there are any, and settle the precision; raises UserError (accelerate)."
+    "Join the other processes, if there are any, and choose the precision; raises UserError."
     able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not able:
         raise UserError(
-            "optim.precision=bf16 needs a GPU that computes with 16-bit brain floats (Ampere or later): take auto, which uses them where they are, or fp32"
+            "optim.precision=bf16 needs a GPU that computes in bfloat16 (Ampere or later): "
+            "take auto, which uses it where there is one, or fp32"
         )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
