@@ -5,7 +5,7 @@ NB := $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inpla
 
 RELIABLE := tests/test_kill.py tests/test_processes.py tests/test_bad_input.py tests/test_numbers.py tests/test_data.py
 
-.PHONY: install demo test test-all export readme lab reliability bench help
+.PHONY: install demo test test-all export readme lab docs reliability bench help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -44,6 +44,10 @@ readme: export
 
 lab: install ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs
+
+docs: install ## the documentation site, from the notebooks as they are committed, in _docs/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f docs/mkdocs.yml
+	@echo "Open _docs/index.html; to search, too: $(BIN)/python -m http.server -d _docs, then http://localhost:8000"
 
 reliability: install ## run every test of the reliability table, the slow ones too, and rewrite its records
 	-$(BIN)/python -m pip install -q --only-binary :all: atheris

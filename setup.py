@@ -32,9 +32,10 @@ setup(
         e: " ".join(cfg[f"{p}_requirements"] for p in parts).split()
         for e, parts in {
             "app": ["app"],
+            "docs": ["docs"],
             "export": ["export"],
             "milvus": ["milvus"],
-            "dev": ["dev", "app", "export", "milvus"],
+            "dev": ["dev", "app", "docs", "export", "milvus"],
         }.items()
     },
     entry_points={
