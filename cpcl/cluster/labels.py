@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from ..core import Stopwatch, UserError, check_labels, peak_memory
-from .dbscan import auto_eps, dbscan, hdbscan
+from .dbscan import dbscan
+from .eps import auto_eps
+from .hdbscan import hdbscan
 from .jaccard import jaccard_graph
 from .knn import knn
 
