@@ -14,7 +14,7 @@ from .dots import inlined
 # %% ../../nbs/30_cluster/03_dbscan.ipynb #c33d3f67
 @inlined
 def find_root(parent, i):
-    "The root of row i; the chain is halved on the way."
+    "The root of row i. The chain is halved on the way."
     while parent[i] != i:
         parent[i] = parent[parent[i]]
         i = parent[i]
@@ -64,7 +64,7 @@ def graph_parts(
     graph: csr_array,  # `[N, N]` distances, explicit zeros kept
     min_samples: int,  # to be checked, rows, at least 1
 ) -> tuple:  # int64 row pointers, int32 columns, float distances, as the kernels want them
-    "Check a graph and take it apart; raises ValueError."
+    "Take a graph apart. Raises ValueError if it is not square and sparse, or min_samples is below 1."
     if not issparse(graph) or graph.ndim != 2 or graph.shape[0] != graph.shape[1]:
         found = f"{type(graph).__name__} of shape {np.shape(graph)}"
         raise ValueError(
@@ -83,7 +83,7 @@ def dbscan(
     eps: float = 0.6,  # inclusive; at most the eps the graph was made with
     min_samples: int = 4,  # rows within eps, itself included, that make a core
 ) -> np.ndarray:  # int64 `[N]`: -1 outlier, else 0..K-1, by smallest core row
-    "DBSCAN on a sparse distance graph; raises ValueError (Ester et al. 1996)."
+    "DBSCAN on a sparse distance graph (Ester et al. 1996). Raises ValueError for a dense graph."
     indptr, cols, dist = graph_parts(graph, min_samples)
     if not eps >= 0:
         raise ValueError(f"eps must be a distance, 0 or more, got {eps!r}")

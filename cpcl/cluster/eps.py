@@ -19,7 +19,7 @@ from .dots import inlined
 # %% ../../nbs/30_cluster/04_eps.ipynb #f57f68dc
 @inlined
 def core_distances(indptr, cols, dist, least):
-    "The distance of each row's `least`-th nearest row, itself the first; infinity where there are fewer."
+    "The distance of each row's `least`-th nearest row, itself the first, or infinity."
     out, best = np.zeros(len(indptr) - 1, dist.dtype), np.empty(least - 1, dist.dtype)
     if least == 1:
         return out
@@ -87,7 +87,7 @@ def eps_curve(
     min_samples: int = 4,  # rows within eps, itself included, that make a core
     eps: np.ndarray = None,  # `[E]` ascending; None: hundredths up to the largest stored distance
 ) -> EpsCurve:  # clusters and outliers at every eps
-    "Clusters and outliers of `dbscan` at every eps, in one pass; raises ValueError (Kruskal 1956)."
+    "Clusters and outliers of `dbscan` at every eps, in one pass (Kruskal 1956). Raises ValueError."
     indptr, cols, dist = graph_parts(graph, min_samples)
     grid = eps_grid(graph) if eps is None else np.asarray(eps, np.float64)
     if grid.ndim != 1 or not (grid[1:] >= grid[:-1]).all() or not (grid >= 0).all():
@@ -169,7 +169,7 @@ def silhouettes(
     graph: csr_array,  # `[N, N]` symmetric distances up to 1, explicit zeros kept; absent = 1
     labels: np.ndarray,  # int64 `[N]`, -1 outlier
 ) -> np.ndarray:  # float64 `[N]`, -1 to 1; outliers, and rows alone in their cluster, 0
-    "How much nearer a row is to its own cluster than to the next; raises ValueError (Rousseeuw 1987)."
+    "How much nearer a row is to its own cluster than to the next (Rousseeuw 1987). Raises ValueError."
     parts = graph_parts(graph, 1)
     labels = np.asarray(labels, np.int64)
     k = check_labels(labels, graph.shape[0])
@@ -195,7 +195,7 @@ def auto_eps(
     graph: csr_array,  # `[N, N]` symmetric distances, explicit zeros kept, made with an eps of about 0.9
     min_samples: int = 4,  # rows within eps, itself included, that make a core
 ) -> float:  # in hundredths; 0.6 if no eps gives a cluster with any contrast
-    "The smallest eps at which the mean silhouette of the clusters peaks; raises ValueError."
+    "The smallest eps at which the mean silhouette of the clusters peaks. Raises ValueError."
     grid, scores = eps_grid(graph), []
     for eps in progress(grid, desc="choosing eps"):
         scores.append(silhouettes(graph, dbscan(graph, eps, min_samples)).sum())

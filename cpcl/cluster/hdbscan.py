@@ -15,7 +15,7 @@ from .eps import core_distances, edges, kruskal
 
 # %% ../../nbs/30_cluster/05_hdbscan.ipynb #b39652cc
 def _among_strangers(a, b, w, heads, rows, size):
-    "scikit-learn's HDBSCAN of trees over `rows` rows, each tree's first in `heads`, and of `size` strangers."
+    "HDBSCAN of trees over `rows` rows, each tree's first in `heads`, among `size` strangers."
     from sklearn.cluster import HDBSCAN
 
     far, total = np.arange(rows, rows + size), rows + size
@@ -36,14 +36,14 @@ def _by_first_row(labels):
 
 # %% ../../nbs/30_cluster/05_hdbscan.ipynb #2cd20d7a
 def _pieces(graph, eps, min_samples, size, core):
-    "The piece of every row, the cores of a DBSCAN cluster of at least `size`, by smallest row; or -1."
+    "The piece of every row: cores of a DBSCAN cluster of at least `size`, by smallest row, or -1."
     piece = np.where(core <= eps, dbscan(graph, eps, min_samples), -1)
     large = np.bincount(piece[piece >= 0]) >= size
     return np.r_[np.where(large, np.cumsum(large) - 1, -1), -1][piece]
 
 
 def _forest(parts, core, piece, eps):
-    "The spanning trees of the pieces: edges by piece, distance (in eps) and rows, no two of a piece equal."
+    "The spanning trees of the pieces: edges by piece, distance (in eps) and rows, all different."
     a, b, w = edges(*parts, core)
     inside = (piece[a] == piece[b]) & (piece[a] >= 0)
     a, b, w = a[inside], b[inside], np.maximum(w[inside] / np.float64(eps), 1e-6)
@@ -59,7 +59,7 @@ def hdbscan(
     min_samples: int = 4,  # rows that make a core, itself included
     min_cluster_size: int = None,  # rows a cluster needs; None: min_samples, at least 2
 ) -> np.ndarray:  # int64 `[N]`: -1 outlier, else 0..K-1, by smallest row
-    "HDBSCAN on a sparse distance graph, by connected pieces; raises ValueError (Campello et al. 2013)."
+    "HDBSCAN on a sparse distance graph, by pieces (Campello et al. 2013). Raises ValueError."
     parts = graph_parts(graph, min_samples)
     size = max(2, int(min_samples)) if min_cluster_size is None else min_cluster_size
     if size < 2:
@@ -78,5 +78,5 @@ def hdbscan(
     for p, q in progress(list(zip(calls[:-1], calls[1:])), desc="HDBSCAN"):
         (s, t), e = start[[p, q]], slice(start[p] - p, start[q] - q)  # a tree has one edge less than rows
         found = _among_strangers(place[a[e]] - s, place[b[e]] - s, w[e], start[p:q] - s, t - s, size)
-        labels[rows[s:t]] = np.where(found < 0, -1, found + 2 * s)  # no number twice; the last line renumbers
+        labels[rows[s:t]] = np.where(found < 0, -1, found + 2 * s)  # no number twice
     return _by_first_row(labels)

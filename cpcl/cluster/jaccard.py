@@ -79,7 +79,7 @@ def reciprocal(
     neighbours: np.ndarray,  # int `[N, >=k]` from `knn`
     k: int,  # how many columns of it count
 ) -> np.ndarray:  # int32 `[N, k]`: the neighbours that list the row back, in list order, then -1
-    "k-reciprocal neighbours; raises ValueError if k exceeds the table (Zhong et al. 2017, eq. 3)."
+    "k-reciprocal neighbours (Zhong et al. 2017, eq. 3). Raises ValueError if k exceeds the table."
     n, width = neighbours.shape
     if not 1 <= k <= width:
         raise ValueError(f"k must be in 1..{width}, the columns of the neighbour table, got {k}")
@@ -89,7 +89,7 @@ def reciprocal(
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #f6871795
 def _matrix(data, indices, indptr):
-    "A square CSR matrix; int32 pointers where they suffice, or SciPy would copy the indices."
+    "A square CSR matrix with int32 pointers where they suffice, or SciPy would copy the indices."
     indptr = indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr
     return csr_array((data, indices, indptr), shape=(len(indptr) - 1,) * 2)
 
@@ -140,7 +140,7 @@ def local_expansion(
     near, parts, counts = np.ascontiguousarray(neighbours, np.int32), _csr(V), np.empty(n, np.int64)
     room = np.r_[0, np.cumsum(np.diff(parts[0])[near[:, :k2]].sum(1))]
     if room[-1] >= 2**31:
-        raise ValueError(f"{n} rows with k2={k2} make {room[-1]} weights, more than 2**31; take a smaller k2")
+        raise ValueError(f"{n} rows with k2={k2} make {room[-1]} weights, more than 2**31: take a smaller k2")
     # filled and not empty: memory that is touched in order is mapped in large pages
     cols, vals = np.full(room[-1], 0, np.int32), np.full(room[-1], 0.0)
     kernels.average_rows(near, k2, numba.get_num_threads(), *parts, room, cols, vals, counts)
@@ -185,7 +185,7 @@ def overlap_graph(
 ) -> (
     csr_array
 ):  # `[N, N]` float64 distances <= eps, explicit zeros and the diagonal included; absent = further
-    "Sparse Jaccard distance of weight vectors; raises ValueError if eps is not below 1."
+    "Sparse Jaccard distance of weight vectors. Raises ValueError if eps is not below 1."
     if not eps < 1:
         raise ValueError(f"eps must be below 1, the distance of rows that share nothing, got {eps}")
     n = V.shape[0]
@@ -234,7 +234,7 @@ def jaccard_graph(
     in_own_list = (neighbours[:, :k1] == np.arange(n)[:, None]).any(1)
     if not in_own_list.all():
         raise ValueError(
-            "every row must be among its own first k1 neighbours; knn(features, k1) sees to that"
+            "every row must be among its own first k1 neighbours, as knn(features, k1) makes them"
         )
     order = side_by_side(neighbours[:, :k1])
     place = np.empty(n, np.int32)
