@@ -152,7 +152,7 @@ def overlap_rows(
 # %% ../../nbs/30_cluster/08_kernels.ipynb #c449d659
 @inlined
 def heaviest(vals, enough, order):
-    "Put the places of the largest weights, up to a sum of `enough`, into `order`. Return how many, and the sum."
+    "Places of the largest weights that sum to `enough`, into `order`. Returns how many, and their sum."
     cut, used, mass, above = vals.max(), 0, 0.0, np.inf
     while mass < enough and used < len(vals):
         for p in range(len(vals)):

@@ -127,5 +127,5 @@ def _clusters(cfg, img, txt, image_of, say, device):
         img, txt = fuse_pairs(img, txt, image_of, cfg.fuse)
     y_img = cluster_images(there(img), image_of, cfg.image, cfg.unit, tell("images"))
     return y_img, pseudo_labels(
-        there(txt), **vars(cfg.caption), say=tell("captions")
+        there(txt), **vars(cfg.caption), log=tell("captions")
     ) if cfg.source == "clusters" else y_img[image_of]
