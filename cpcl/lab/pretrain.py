@@ -193,7 +193,8 @@ def probe(
     found = dict(style=style, people=people, images=len(img), R1=scores.R1, mAP=scores.mAP)
     for name, f, p in (("img", img, person), ("txt", txt, query)):
         found |= {
-            f"{k}_{name}": v for k, v in label_quality(pseudo_labels(f, **vars(PROBE_CLUSTERS)), p).items()
+            f"{k}_{name}": v
+            for k, v in vars(label_quality(pseudo_labels(f, **vars(PROBE_CLUSTERS)), p)).items()
         }
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
 

@@ -154,10 +154,10 @@ def _clusters(features, cfg, log):
     img, txt, image_of = features.img, features.txt, features.image_of
     if cfg.fuse:
         img, txt = fuse_pairs(img, txt, image_of, cfg.fuse)
-    labels_img = cluster_images(on_device(img), image_of, cfg.image, cfg.unit, say=report("images"))
+    labels_img = cluster_images(on_device(img), image_of, cfg.image, cfg.unit, log=report("images"))
     if cfg.source == "image":
         return labels_img, labels_img[image_of]
-    return labels_img, pseudo_labels(on_device(txt), **vars(cfg.caption), say=report("captions"))
+    return labels_img, pseudo_labels(on_device(txt), **vars(cfg.caption), log=report("captions"))
 
 # %% ../../nbs/80_train/01_labels.ipynb #64a750ba
 def true_labels(
