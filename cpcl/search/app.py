@@ -22,8 +22,12 @@ EXAMPLES = (
 )
 FOOTER = "For images one has the right to search. Similar looks are no proof of identity. No query is stored."
 CSS = """
-.gradio-container {max-width: 1100px !important}
+.gradio-container {
+    max-width: 1100px !important;
+    margin: 0 auto !important
+}
 #found img {object-fit: contain}
+#found .grid-wrap {max-height: none !important}
 footer {display: none !important}
 @media (max-width: 480px) {
     .gradio-container {padding: 6px !important}
