@@ -134,7 +134,7 @@ def explain(
     error: BaseException,  # what ended a command
     stopped: bool = False,  # a SIGTERM came meanwhile
 ) -> Ending | None:  # None: the traceback is to be seen
-    "What the user is told about an error."
+    "What the user sees of an error."
     if stopped or isinstance(error, Stopped):
         return Ending(
             "stopped by SIGTERM: a training continues from its last complete epoch with --resume", 143
