@@ -130,7 +130,7 @@ def test_public_api():
 
 
 def test_import_is_light():
-    "`import cpcl` and its packages bring in no torch; the configuration brings in neither faiss nor open_clip."
+    "`import cpcl` and its packages bring in no torch, the configuration neither faiss nor open_clip."
     doors = ", ".join(PACKAGES)
     code = f"""
 import sys, {doors}

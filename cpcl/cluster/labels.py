@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..core import Stopwatch, UserError, check_labels, peak_memory
+from ..core import Stopwatch, UserError, peak_memory
 from .dbscan import dbscan
 from .eps import auto_eps
 from .hdbscan import hdbscan

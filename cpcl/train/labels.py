@@ -7,7 +7,7 @@ __all__ = ['Features', 'Labels', 'LabelReport', 'label_report', 'fuse_pairs', 'L
            'true_labels', 'as_labels']
 
 # %% ../../nbs/80_train/01_labels.ipynb #5f0b0b52
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
