@@ -157,7 +157,8 @@ class Eval:
         from cpcl.data.read import load_person, load_split
         from cpcl.lab.demo import sample_set
         from cpcl.encoder.towers import features
-        from cpcl.eval.scores import evaluate, rerank, score_matrix
+        from cpcl.eval.scores import evaluate, score_matrix
+        from cpcl.eval.reranking import rerank
         from cpcl.eval.intervals import bootstrap_interval
 
         split = load_split(self.root or sample_set(), None if self.data == "auto" else self.data, self.split)
