@@ -66,7 +66,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prototypes:
-    "The prototypes of both modalities as a loss sees them; no gradient reaches them."
+    "The prototypes of both modalities as a loss sees them. No gradient reaches them."
 
     img: torch.Tensor  # `[K_v, D]` unit rows, K_v may be 0
     txt: torch.Tensor  # `[K_t, D]` unit rows, K_t may be 0
@@ -85,7 +85,7 @@ def pcm_terms(
     pcm: str = "both",  # "both", "single", "cross" or "none"
     tau: float = 0.02,  # temperature tau_p, above 0
 ) -> dict:  # name -> scalar, one for each active term
-    "The active prototype terms; a label always belongs to the modality of the prototypes (paper: PCM)."
+    "The active prototype terms. A label always belongs to the modality of the prototypes (paper: PCM)."
     by_image, by_text = (protos.img, batch.labels_img), (protos.txt, batch.labels_txt)
     single = dict(pcm_v=(batch.img, *by_image), pcm_t=(batch.txt, *by_text))
     cross = dict(pcm_vt=(batch.img, *by_text), pcm_tv=(batch.txt, *by_image))
@@ -98,7 +98,7 @@ def hcm_loss(
     protos: Prototypes,  # of both modalities, before this step's refresh
     cfg: HCMConfig,  # weights, temperatures, switches
 ) -> Loss:
-    "L = icpm L_ICPM + lam L_PCM + beta L_ITC + chm L_CHM (paper: HCM; ICPG: CHM)."
+    "L = icpm L_ICPM + lam L_PCM + beta L_ITC + chm L_CHM (paper: HCM, ICPG: CHM)."
     match = match_matrix(batch.image_row, batch.labels_img, cfg.match)
     terms, pcm = {}, {}
     if cfg.icpm:

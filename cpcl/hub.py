@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
 
 from .core import UserError, atomic_path
-from .data.batches import CLIP_MEAN, CLIP_STD, tokenize
+from .data.images import CLIP_MEAN, CLIP_STD
+from .data.tokens import tokenize
 from .encoder.towers import Encoder
 from .encoder.weights import check_fit, read_weights
 from .eval.scores import METRICS

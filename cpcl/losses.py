@@ -46,7 +46,7 @@ def match_matrix(
     labels=None,  # `[B]` int tensor, the image's cluster, -1 = outlier; needed by "pseudo"
     kind: str = "pairs",  # "pairs": the same image; "pseudo": or the same cluster
 ):  # `[B, B]` bool, symmetric, true on the diagonal
-    "Which image row matches which caption row; an outlier matches only its own image (paper: ICPM)."
+    "Which image row matches which caption row. An outlier matches only its own image (paper: ICPM)."
     if kind not in ("pairs", "pseudo"):
         raise ValueError(f"kind must be pairs or pseudo, got {kind!r}")
     match = image_row[:, None] == image_row
@@ -62,7 +62,7 @@ def projection_matching(
     match,  # `[A, B]` bool or 0/1, true where row and column belong together; at least one a row
     kl: str = "reverse",  # "reverse": KL(p||q), seeks a mode; "forward": KL(q||p), covers all of them
 ):  # scalar, the mean over the rows
-    "KL divergence of softmax(scores) and the normalised matches, one direction (paper: ICPM; IRRA's SDM)."
+    "KL divergence of softmax(scores) and the normalised matches, one direction (paper: ICPM, IRRA's SDM)."
     if kl not in ("reverse", "forward"):
         raise ValueError(f"kl must be reverse or forward, got {kl!r}")
     if match.shape != scores.shape:
@@ -81,7 +81,7 @@ def icpm(
     tau: float = 0.02,  # temperature tau_i, above 0
     kl: str = "reverse",  # "reverse" or "forward"
 ):  # scalar, L_i2t + L_t2i
-    "Instance-level cross-modal projection matching, both directions summed (paper: ICPM; IRRA's SDM)."
+    "Instance-level cross-modal projection matching, both directions summed (paper: ICPM, IRRA's SDM)."
     scores = logits(img, txt, tau)
     return projection_matching(scores, match, kl) + projection_matching(scores.T, match.T, kl)
 

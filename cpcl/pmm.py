@@ -17,7 +17,7 @@ def check_targets(
     n: int,  # rows expected
     name: str = "labels",  # how the message calls it
 ):
-    "Check that labels name one of `k` prototypes or none; raises ValueError. Reads values on a CPU only."
+    "Check that labels name one of `k` prototypes or none. Raises ValueError. Reads values on a CPU only."
     if labels.ndim != 1 or len(labels) != n or labels.is_floating_point():
         raise ValueError(f"{name} must be {n} integers, got {labels.dtype} of shape {tuple(labels.shape)}")
     if n and labels.device.type == "cpu":

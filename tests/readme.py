@@ -1,9 +1,10 @@
 "README.md from nbs/index.ipynb: `python tests/readme.py` writes it, tests/test_house.py holds them equal."
 
-import json
+import json, re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LINK = re.compile(r"\]\(((?!https?:|/)[\w./-]+\.(?:ipynb|png|jpg))\)")  # in nbs/, seen from the top level
 
 
 def readme(root=ROOT):
@@ -23,7 +24,7 @@ def readme(root=ROOT):
                 parts.append("".join(data["text/markdown"]).strip())
             elif "text" in out:
                 parts.append("```\n" + "".join(out["text"]).strip() + "\n```")
-    return "\n\n".join(parts) + "\n"
+    return LINK.sub(r"](nbs/\1)", "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

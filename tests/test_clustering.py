@@ -1,4 +1,4 @@
-"Labels equal to the published dense recipe's: stage by stage on drawn features of awkward kinds, and end to end on clustered sets of 8,000 and 16,000 rows."
+"Labels equal to those of the published dense recipe, stage by stage and end to end up to 16,000 rows."
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"From files on disk to result.json, through the command line, on every kind of data set; once at the paper's size."
+"From files on disk to result.json through the command line, on every kind of data set."
 
 import json, shutil
 
@@ -107,7 +107,7 @@ def test_paper_size_one_step_and_a_clustering():
     from cpcl.encoder.towers import EncoderConfig
     from cpcl.encoder.weights import load_encoder
     from cpcl.hcm import Batch, hcm_loss
-    from cpcl.data.batches import tokenize
+    from cpcl.data.tokens import tokenize
     from cpcl.train.epoch import build_memories, build_optimizer, set_learning_rate
     from cpcl.train.labels import Features, Labels
 

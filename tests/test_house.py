@@ -1,6 +1,6 @@
 "What keeps the house in order: notebooks, package and README say the same, and every module imports."
 
-import ast, importlib, json, os, pkgutil, shutil, subprocess, sys
+import ast, importlib, json, os, pkgutil, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -130,7 +130,7 @@ def test_public_api():
 
 
 def test_import_is_light():
-    "`import cpcl` and its packages bring in no torch; the configuration brings in neither faiss nor open_clip."
+    "`import cpcl` and its packages bring in no torch, the configuration neither faiss nor open_clip."
     doors = ", ".join(PACKAGES)
     code = f"""
 import sys, {doors}
@@ -172,3 +172,24 @@ def test_folders_import_leftwards():
                 assert ORDER.index(name) <= ORDER.index(parts[0]), (
                     f"{path.relative_to(ROOT)} imports cpcl.{name}, which stands to its right"
                 )
+
+
+TEXTS = [
+    *NOTEBOOKS,
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "data/README.md")),
+]
+LINK = re.compile(r"\]\((?!https?:|#)([^)\s#]+)")
+NAMED = re.compile(r"`((?:nbs/)?(?:\d\d_\w+|search|lab|cli|synth|tutorials|ablations|benchmarks)/\d\d_\w+)`")
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    "A link, and a notebook named as `folder/00_name`, is in the repository."
+    text = path.read_text(encoding="utf8")
+    if path.suffix == ".ipynb":
+        cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "markdown"]
+        text = "\n".join("".join(c["source"]) for c in cells)
+    for link in LINK.findall(text):
+        assert (path.parent / link).exists(), link
+    for name in NAMED.findall(text):
+        assert (ROOT / "nbs" / f"{name.removeprefix('nbs/')}.ipynb").is_file(), name

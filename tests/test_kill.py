@@ -17,7 +17,7 @@ WORDS = [
 # Where a process may die: at the n-th call of a function. "before" is at its entry, "half" after half of a
 # file is written, "after" is when it has returned.
 STAGES = {
-    "reading images": ("cpcl.data.batches.pixels_of", "before"),
+    "reading images": ("cpcl.data.images.pixels_of", "before"),
     "encoding images": ("cpcl.encoder.towers.Encoder.encode_image", "after"),
     "encoding captions": ("cpcl.encoder.towers.Encoder.encode_text", "before"),
     "clustering": ("cpcl.cluster.jaccard.jaccard_graph", "after"),

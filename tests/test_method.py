@@ -1,6 +1,7 @@
-"What no single notebook of the method sees: labels, memory, loss and refresh in one loop, on one process and on two."
+"What no notebook of the method tests alone: labels, memory, loss and refresh, in one process and in two."
 
 import copy, os, subprocess, sys
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from cpcl.core import check_labels, unit
-from cpcl.hcm import HCMConfig, hcm_loss
-from cpcl.pmm import PrototypeMemory, prototypes
+from cpcl.hcm import Batch, HCMConfig, Prototypes, hcm_loss
+from cpcl.pmm import PrototypeMemory, label_sums, prototypes
 
 PRESETS = [
     HCMConfig(icpm=0, beta=1, pcm="none"),
@@ -22,231 +23,248 @@ PRESETS = [
 ]
 
 
-def world(seed=0, n=40, captions=2, d=16, k=6, outliers=0.3):
-    "Features and labels as they lie between two epochs: numpy, row order, some outliers, the modalities numbered apart."
+@dataclass
+class World:
+    "Features and labels between two epochs, in row order. Each modality has its own clusters."
+
+    img: np.ndarray  # `[N, D]` unit rows
+    txt: np.ndarray  # `[M, D]` unit rows
+    image_of: np.ndarray  # `[M]`, the image of each caption
+    labels_img: np.ndarray  # `[N]`, -1 = outlier
+    labels_txt: np.ndarray  # `[M]`, -1 = outlier
+
+    def memories(self):
+        "A prototype memory for each modality."
+        return [
+            PrototypeMemory.build(torch.from_numpy(x), torch.from_numpy(labels))
+            for x, labels in ((self.img, self.labels_img), (self.txt, self.labels_txt))
+        ]
+
+
+def make_world(seed=0, n=40, captions=2, d=16, k=6, outliers=0.3):
+    "Random features with `k` clusters of images and `k + 3` of captions, or no clusters if `k` is 0."
     rng = np.random.default_rng(seed)
     image_of = np.repeat(np.arange(n), captions)
+    m = len(image_of)
 
-    def labels(m, k):
-        y = np.where(rng.random(m) < outliers, -1, rng.integers(0, max(k, 1), m))
-        if k:
-            y[:k] = np.arange(k)
-        return y if k else np.full(m, -1)
+    def rows(count):
+        return unit(rng.standard_normal((count, d)).astype("float32"))
 
-    def rows(m):
-        return unit(rng.standard_normal((m, d)).astype("float32"))
+    def labels(count, k):
+        drawn = np.where(rng.random(count) < outliers, -1, rng.integers(0, max(k, 1), count))
+        drawn[:k] = np.arange(k)  # no cluster is empty
+        return drawn if k else np.full(count, -1)
 
-    return dict(
-        img=rows(n),
-        txt=rows(len(image_of)),
-        image_of=image_of,
-        y_v=labels(n, k),
-        y_t=labels(len(image_of), k + 3 if k else 0),
-    )
+    return World(rows(n), rows(m), image_of, labels(n, k), labels(m, k + 3 if k else 0))
 
 
-def memories(w, **kwargs):
-    return [
-        PrototypeMemory.build(torch.from_numpy(w[f]), torch.from_numpy(w[y]), **kwargs)
-        for f, y in (("img", "y_v"), ("txt", "y_t"))
-    ]
+@dataclass
+class Step:
+    "What a training step computed."
+
+    loss: torch.Tensor  # scalar, detached
+    terms: dict  # name -> scalar
+    protos: Prototypes  # that the loss saw
+    batch: Batch  # features detached
 
 
-def step(nets, opt, mems, w, j, cfg):
-    "One training step of the real kind; gives the loss and the prototypes it saw."
-    row = w["image_of"][j]
-    img, txt = (unit(net(torch.from_numpy(w[f][r]))) for net, f, r in zip(nets, ("img", "txt"), (row, j)))
-    y_v, y_t = torch.from_numpy(w["y_v"][row]), torch.from_numpy(w["y_t"][j])
-    seen = [m.protos for m in mems]
-    loss, parts = hcm_loss(img, txt, torch.from_numpy(row), y_v, y_t, *seen, cfg)
-    opt.zero_grad()
-    loss.backward()
-    opt.step()
-    mems[0].update(img, y_v)
-    mems[1].update(txt, y_t)
-    return loss.detach(), parts, seen, (img.detach(), txt.detach(), y_v, y_t)
+class Trainer:
+    "Two linear towers with an optimiser and the memories of a world."
+
+    def __init__(self, world, cfg, d=16):
+        torch.manual_seed(0)
+        self.world, self.cfg, self.memories = world, cfg, world.memories()
+        self.towers = [torch.nn.Linear(d, d) for _ in range(2)]
+        parameters = [p for tower in self.towers for p in tower.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=1e-2)
+
+    def step(self, captions):
+        "One training step on the pairs of these captions, as `fit` does it."
+        world, row = self.world, self.world.image_of[captions]
+        img = unit(self.towers[0](torch.from_numpy(world.img[row])))
+        txt = unit(self.towers[1](torch.from_numpy(world.txt[captions])))
+        labels = world.labels_img[row], world.labels_txt[captions]
+        batch = Batch(img, txt, *(torch.from_numpy(x) for x in (row, captions, *labels)))
+        protos = Prototypes(*(memory.protos for memory in self.memories))
+        loss = hcm_loss(batch, protos, self.cfg)
+        self.optimizer.zero_grad()
+        loss.total.backward()
+        self.optimizer.step()
+        self.memories[0].update(img, batch.labels_img)
+        self.memories[1].update(txt, batch.labels_txt)
+        seen = replace(batch, img=img.detach(), txt=txt.detach())
+        return Step(loss.total.detach(), loss.terms, protos, seen)
 
 
-def nets_and_optimiser(d=16, seed=0):
-    torch.manual_seed(seed)
-    nets = [torch.nn.Linear(d, d) for _ in range(2)]
-    return nets, torch.optim.Adam([p for n in nets for p in n.parameters()], lr=1e-2)
+def mine_like(labels, rng):
+    "What OPLM does to labels: some outliers get an existing label, and a clean label never changes."
+    rescued = (labels < 0) & (rng.random(len(labels)) < 0.5)
+    return np.where(rescued, rng.integers(0, labels.max() + 1, len(labels)), labels)
 
 
-def mine_like(y, rng):
-    "What OPLM does to labels: some outliers get an existing label, a clean label never changes."
-    rescued = (y < 0) & (rng.random(len(y)) < 0.5)
-    return np.where(rescued, rng.integers(0, y.max() + 1, len(y)), y)
-
-
-def test_memory_takes_labels_as_mining_leaves_them():
-    "Mined rows move the prototypes, the remaining outliers do not, and no cluster is won or lost."
-    w, rng = world(), np.random.default_rng(1)
-    y = mine_like(w["y_t"], rng)
-    assert (y >= 0).sum() > (w["y_t"] >= 0).sum() and (y < 0).any()
-    assert check_labels(y) == check_labels(w["y_t"])
-    before, after = prototypes(w["txt"], w["y_t"]), prototypes(w["txt"], y)
-    gained = np.unique(y[(y >= 0) & (w["y_t"] < 0)])
-    changed = (before != after).any(1).nonzero()[:, 0].numpy()
+def test_mined_rows_move_the_prototypes():
+    "The remaining outliers do not move them, and no cluster appears or disappears."
+    world, rng = make_world(), np.random.default_rng(1)
+    before, after = world.labels_txt, mine_like(world.labels_txt, rng)
+    assert (after >= 0).sum() > (before >= 0).sum()
+    assert (after < 0).any()
+    assert check_labels(after) == check_labels(before)
+    old, new = prototypes(world.txt, before), prototypes(world.txt, after)
+    gained = np.unique(after[(after >= 0) & (before < 0)])
+    changed = (old != new).any(1).nonzero()[:, 0].numpy()
     assert np.array_equal(np.sort(gained), changed)
-    by_hand = unit(np.stack([w["txt"][y == k].mean(0) for k in range(y.max() + 1)]))
-    assert np.abs(after.numpy() - by_hand).max() < 1e-6
+    by_hand = unit(np.stack([world.txt[after == k].mean(0) for k in range(after.max() + 1)]))
+    assert np.abs(new.numpy() - by_hand).max() < 1e-6
 
 
+@pytest.mark.parametrize("clusters", (6, 1, 0))
 @pytest.mark.parametrize("cfg", PRESETS, ids=str)
-def test_every_preset_steps_and_learns_with_and_without_clusters(cfg):
-    for k in (6, 1, 0):
-        w = world(k=k)
-        mems = memories(w)
-        nets, opt = nets_and_optimiser()
-        j, losses = np.arange(24), []
-        for _ in range(30):
-            loss, parts, *_ = step(nets, opt, mems, w, j, cfg)
-            assert torch.isfinite(loss) and all(
-                torch.isfinite(v) and not v.requires_grad for v in parts.values()
-            )
-            losses.append(float(loss))
-        assert losses[-1] < losses[0], (k, losses)
-        assert [len(m.protos) for m in mems] == [k, k + 3 if k else 0]
+def test_every_preset_learns_with_and_without_clusters(cfg, clusters):
+    trainer = Trainer(make_world(k=clusters), cfg)
+    losses = []
+    for _ in range(30):
+        step = trainer.step(np.arange(24))
+        assert torch.isfinite(step.loss)
+        assert all(torch.isfinite(v) and not v.requires_grad for v in step.terms.values())
+        losses.append(float(step.loss))
+    assert losses[-1] < losses[0], losses
+    assert [len(m.protos) for m in trainer.memories] == [clusters, clusters + 3 if clusters else 0]
 
 
-def test_without_clusters_cpcl_is_clip_exactly():
-    w, weights = world(k=0), []
+def test_without_clusters_cpcl_equals_clip_exactly():
+    weights = []
     for cfg in (HCMConfig(), HCMConfig(pcm="none")):
-        mems = memories(w)
-        nets, opt = nets_and_optimiser()
+        trainer = Trainer(make_world(k=0), cfg)
         for s in range(5):
-            step(nets, opt, mems, w, np.arange(s * 8, s * 8 + 16), cfg)
-        weights.append([p.detach().clone() for n in nets for p in n.parameters()])
+            trainer.step(np.arange(s * 8, s * 8 + 16))
+        weights.append([p.detach().clone() for tower in trainer.towers for p in tower.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights))
 
 
-def test_one_modality_may_be_without_clusters():
-    w = world()
-    w["y_t"][:] = -1
-    mems = memories(w)
-    nets, opt = nets_and_optimiser()
-    loss, parts, *_ = step(nets, opt, mems, w, np.arange(24), HCMConfig())
-    assert (
-        torch.isfinite(loss)
-        and parts["pcm_t"] == 0
-        and parts["pcm_vt"] == 0
-        and parts["pcm_v"] > 0
-        and parts["pcm_tv"] > 0
-    )
+def test_one_modality_may_have_no_clusters():
+    "Without clusters of captions, only the terms with image prototypes remain."
+    world = make_world()
+    world.labels_txt[:] = -1
+    step = Trainer(world, HCMConfig()).step(np.arange(24))
+    assert torch.isfinite(step.loss)
+    assert step.terms["pcm_t"] == step.terms["pcm_vt"] == 0
+    assert step.terms["pcm_v"] > 0
+    assert step.terms["pcm_tv"] > 0
 
 
 def test_the_loss_sees_the_prototypes_before_the_refresh():
-    w = world()
-    mems = memories(w)
-    nets, opt = nets_and_optimiser()
+    "After the refresh the same batch looks easier: that would be a leak."
     cfg = HCMConfig(icpm=0)
+    trainer = Trainer(make_world(), cfg)
     for s in range(3):
-        start = [m.protos.clone() for m in mems]
-        j = np.arange(s * 16, s * 16 + 24)
-        loss, _, seen, (img, txt, y_v, y_t) = step(nets, opt, mems, w, j, cfg)
-        assert all(torch.equal(a, b) for a, b in zip(seen, start))
-        row = torch.from_numpy(w["image_of"][j])
-        again = [hcm_loss(img, txt, row, y_v, y_t, *P, cfg)[0] for P in (start, [m.protos for m in mems])]
-        assert torch.equal(again[0], loss) and again[1] < loss - 0.1, (
-            "after the refresh the same batch looks easier: that is the leak to avoid"
-        )
+        before = [m.protos.clone() for m in trainer.memories]
+        step = trainer.step(np.arange(s * 16, s * 16 + 24))
+        assert all(torch.equal(a, b) for a, b in zip((step.protos.img, step.protos.txt), before))
+        after = [m.protos for m in trainer.memories]
+        assert torch.equal(hcm_loss(step.batch, Prototypes(*before), cfg).total, step.loss)
+        assert hcm_loss(step.batch, Prototypes(*after), cfg).total < step.loss - 0.1
 
 
 def test_state_changes_only_in_update():
-    w = world()
-    mems = memories(w)
-    before = copy.deepcopy([m.state_dict() for m in mems])
-    img = torch.from_numpy(w["img"][w["image_of"]]).requires_grad_()
-    txt = torch.from_numpy(w["txt"]).requires_grad_()
-    args = (
-        img,
-        txt,
-        *(torch.from_numpy(w[k]) for k in ("image_of",)),
-        torch.from_numpy(w["y_v"][w["image_of"]]),
-        torch.from_numpy(w["y_t"]),
-    )
-    copies = [a.detach().clone() for a in args]
+    "The loss and its gradient change neither the memories nor the batch, and each memory is updated alone."
+    world = make_world()
+    memories = world.memories()
+    before = copy.deepcopy([m.state_dict() for m in memories])
+    img = torch.from_numpy(world.img[world.image_of]).requires_grad_()
+    txt = torch.from_numpy(world.txt).requires_grad_()
+    rows = (world.image_of, np.arange(len(world.txt)))
+    labels = (world.labels_img[world.image_of], world.labels_txt)
+    batch = Batch(img, txt, *(torch.from_numpy(x) for x in (*rows, *labels)))
+    copies = [x.detach().clone() for x in vars(batch).values()]
     for cfg in PRESETS:
-        hcm_loss(*args, mems[0].protos, mems[1].protos, cfg)[0].backward()
+        hcm_loss(batch, Prototypes(*(m.protos for m in memories)), cfg).total.backward()
 
-    def same():
-        return all(torch.equal(m.state_dict()[k], b[k]) for m, b in zip(mems, before) for k in b)
+    def unchanged(memory, state):
+        return all(torch.equal(memory.state_dict()[name], x) for name, x in state.items())
 
-    assert same() and all(torch.equal(a, b) for a, b in zip(args, copies))
-    assert all(len(list(m.parameters())) == 0 for m in mems)
-    mems[0].update(args[0], args[3])
-    assert not same() and torch.equal(mems[1].protos, before[1]["protos"]), (
-        "the modalities' memories are apart"
-    )
+    assert all(map(unchanged, memories, before))
+    assert all(torch.equal(a, b) for a, b in zip(vars(batch).values(), copies))
+    assert not any(list(m.parameters()) for m in memories)
+    memories[0].update(img, batch.labels_img)
+    assert not unchanged(memories[0], before[0])
+    assert unchanged(memories[1], before[1])
 
 
-def test_update_takes_no_gradient_and_leaves_no_graph():
-    w = world()
-    memory = memories(w)[0]
-    x = torch.from_numpy(w["img"]).requires_grad_()
-    memory.update(x, torch.from_numpy(w["y_v"]))
-    assert not memory.protos.requires_grad and memory.protos.grad_fn is None and x.grad is None
+def test_update_keeps_no_gradient_and_no_graph():
+    world = make_world()
+    memory = world.memories()[0]
+    x = torch.from_numpy(world.img).requires_grad_()
+    memory.update(x, torch.from_numpy(world.labels_img))
+    assert not memory.protos.requires_grad
+    assert memory.protos.grad_fn is None
+    assert x.grad is None
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 10_000), st.integers(1, 8), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), st.integers(0, 9)
+    seed=st.integers(0, 10_000),
+    parts=st.integers(1, 8),
+    mu=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    k=st.integers(0, 9),
 )
-def test_refresh_is_the_same_on_any_number_of_processes_in_any_order(seed, parts, mu, k):
-    "Cut the batch anywhere, shuffle it, leave processes empty: the sums and counts decide."
-    from cpcl.pmm import label_sums
-
+def test_refresh_does_not_depend_on_processes_or_order(seed, parts, mu, k):
+    "However a batch is shuffled and cut, with processes that get nothing, only its sums and counts matter."
     rng = np.random.default_rng(seed)
-    w = world(seed, n=30, k=k)
-    x, y = torch.from_numpy(w["txt"]), torch.from_numpy(w["y_t"])
-    whole = PrototypeMemory.build(x, y, mu)
-    start = whole.protos
-    batch = torch.from_numpy(rng.integers(0, len(y), 24))
-    z = unit(torch.from_numpy(rng.standard_normal((24, 16)).astype("float32")))
-    whole.update(z, y[batch])
+    world = make_world(seed, n=30, k=k)
+    txt, labels = torch.from_numpy(world.txt), torch.from_numpy(world.labels_txt)
+    together = PrototypeMemory.build(txt, labels, mu)
+    start = together.protos
+    batch = torch.from_numpy(rng.integers(0, len(labels), 24))
+    x = unit(torch.from_numpy(rng.standard_normal((24, 16)).astype("float32")))
+    y = labels[batch]
+    together.update(x, y)
     order = torch.from_numpy(rng.permutation(24))
     cuts = np.sort(rng.integers(0, 25, parts - 1)).tolist()
-    pieces = list(zip(torch.tensor_split(z[order], cuts), torch.tensor_split(y[batch][order], cuts)))
-    totals = tuple(map(sum, zip(*(label_sums(a, b, len(start)) for a, b in pieces))))
+    pieces = list(zip(torch.tensor_split(x[order], cuts), torch.tensor_split(y[order], cuts)))
+    sums_and_counts = [label_sums(a, b, len(start)) for a, b in pieces]
+    totals = tuple(map(sum, zip(*sums_and_counts)))
     for a, b in pieces:
         memory = PrototypeMemory(start, mu)
         memory.update(a, b, reduce=lambda _: totals)
-        assert torch.allclose(memory.protos, whole.protos, atol=2e-5)
-    absent = torch.tensor([c not in y[batch].tolist() for c in range(len(start))], dtype=torch.bool)
-    assert torch.equal(whole.protos[absent], start[absent])
+        assert torch.allclose(memory.protos, together.protos, atol=2e-5)
+    absent = ~torch.isin(torch.arange(len(start)), y)
+    assert torch.equal(together.protos[absent], start[absent])
 
 
-TWO = """
+TWO_PROCESSES = """
 import numpy as np, torch
 from accelerate import Accelerator
 from cpcl.core import unit
 from cpcl.pmm import PrototypeMemory
-acc = Accelerator(cpu=True); assert acc.num_processes == 2, acc.num_processes
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2, accelerator.num_processes
 rng = np.random.default_rng(0)
-x = unit(torch.from_numpy(rng.standard_normal((40, 8)).astype("float32"))); y = torch.arange(40) % 6 - 1
-z = unit(torch.from_numpy(rng.standard_normal((3, 16, 8)).astype("float32"))); l = torch.from_numpy(rng.integers(-1, 5, (3, 16)))
-whole, mine = PrototypeMemory.build(x, y), PrototypeMemory.build(x, y)
-mine_slice = slice(0, 5) if acc.process_index == 0 else slice(5, 16)
-for f, k in zip(z, l): whole.update(f, k); mine.update(f[mine_slice], k[mine_slice], reduce=acc.reduce)
-assert torch.allclose(whole.protos, mine.protos, atol=1e-6)
-both = acc.gather(mine.protos[None]); assert torch.equal(both[0], both[1])
-alone = PrototypeMemory.build(x, y)
-for f, k in zip(z, l): alone.update(f[mine_slice], k[mine_slice])
-assert not torch.allclose(whole.protos, alone.protos, atol=1e-3)
-print("agreed", flush=True); acc.end_training()
+x = unit(torch.from_numpy(rng.standard_normal((40, 8)).astype("float32")))
+y = torch.arange(40) % 6 - 1
+batches = unit(torch.from_numpy(rng.standard_normal((3, 16, 8)).astype("float32")))
+labels = torch.from_numpy(rng.integers(-1, 5, (3, 16)))
+share = slice(0, 5) if accelerator.process_index == 0 else slice(5, 16)
+
+together, shared, alone = (PrototypeMemory.build(x, y) for _ in range(3))
+for a, b in zip(batches, labels):
+    together.update(a, b)
+    shared.update(a[share], b[share], reduce=accelerator.reduce)
+    alone.update(a[share], b[share])
+assert torch.allclose(together.protos, shared.protos, atol=1e-6)
+assert not torch.allclose(together.protos, alone.protos, atol=1e-3)
+both = accelerator.gather(shared.protos[None])
+assert torch.equal(both[0], both[1])
+print("agreed", flush=True)
+accelerator.end_training()
 """
 
 
-def test_two_real_processes_hold_the_same_memory(tmp_path):
+def test_two_processes_hold_the_same_memory(tmp_path):
     script = tmp_path / "two.py"
-    script.write_text(TWO)
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0 and run.stdout.count("agreed") == 2, run.stdout + run.stderr[-3000:]
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*launch, str(script)], env=env, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
+    assert run.stdout.count("agreed") == 2

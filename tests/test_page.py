@@ -1,15 +1,15 @@
-"The search page in a real browser (Debian's chromium, Playwright); skipped by name where there is none."
+"The search page in a real browser (Debian's chromium, Playwright); skipped where there is none."
 
 import shutil
 
 import pandas as pd
 import pytest
 
-from cpcl.train.checkpoint import start_run
-from cpcl.train.config import make_config
-from cpcl.data.read import load_person, load_split
-from cpcl.lab.demo import sample_set
+from cpcl.data import load_person, load_split
 from cpcl.encoder import EncoderConfig, load_encoder, save_encoder
+from cpcl.lab import sample_set
+from cpcl.train import make_config
+from cpcl.train.checkpoint import start_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytest.importorskip("gradio", reason="the page needs gradio")
@@ -21,8 +21,7 @@ HOSTILE = "cam_0/<img src=x onerror=document.title='pwned'>.jpg"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     "(index, address, folder) of a page over the sample set's test people and one hostile file name."
-    from cpcl.search.page import serve
-    from cpcl.search.index import Index
+    from cpcl.search import Index, serve
 
     tmp = tmp_path_factory.mktemp("page")
     split = load_split(sample_set(), split="test")
@@ -37,13 +36,8 @@ def served(tmp_path_factory):
     start_run(run, make_config("clip"), {})
     save_encoder(load_encoder(EncoderConfig()), run / "last.safetensors")
     paths = [p.relative_to(crops).as_posix() for p in crops.rglob("*.jpg")]
-    index = Index.build(
-        crops,
-        run,
-        tmp / "idx",
-        pd.DataFrame({"path": paths, "camera": [p[4] for p in paths]}),
-        say=lambda line: None,
-    )
+    cameras = pd.DataFrame({"path": paths, "camera": [p[4] for p in paths]})
+    index = Index.build(crops, run, tmp / "idx", cameras, log=lambda line: None)
     blocks, address = serve(index, port=0, block=False)
     yield index, address, split
     blocks.close()
@@ -51,6 +45,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
+    "A headless Chromium."
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
@@ -78,34 +73,35 @@ def ask(tab, text):
     settle(tab)
 
 
+ANSWERS = "images, best first|Nothing passes|a query|nothing to search|cannot be read|mark at least"
+
+
 def settle(tab):
     "Wait until the line under the controls is that of an answer."
-    tab.wait_for_function(
-        "() => /images, best first|Nothing passes|a query|nothing to search|cannot be read|mark at least/.test(document.querySelector('#line').innerText)"
-    )
+    tab.wait_for_function(f"() => /{ANSWERS}/.test(document.querySelector('#line').innerText)")
     tab.wait_for_timeout(400)
 
 
 def shows(tab, n):
-    "Wait until so many pictures are there; fails after the page's timeout."
+    "Wait until the page shows so many pictures; fails after the page's timeout."
     tab.wait_for_function("n => document.querySelectorAll('#found button img').length === n", arg=n)
 
 
 def link(tab):
+    "The query as the page's link."
     return tab.locator("#address textarea, #address input").first.input_value()
 
 
 def test_a_sentence_finds_its_person_in_the_first_row(tab, served):
     index, _, split = served
     person = load_person(split)
-    # the caption of the sample set that the index answers best, so that the test asks about the page and not about the encoder
+    # the first caption that the index answers well: the test is about the page, not about the encoder
     for caption, row in zip(split.captions, split.image_of):
         found = index.search(caption, 6)
-        if any(
-            p
-            in {split.images[i].removeprefix("imgs/") for i in range(len(person)) if person[i] == person[row]}
-            for p in found.path
-        ):
+        right = {
+            split.images[i].removeprefix("imgs/") for i in range(len(person)) if person[i] == person[row]
+        }
+        if right & set(found.path):
             break
     else:
         pytest.fail("no caption finds its person")
@@ -154,9 +150,7 @@ def test_empty_and_over_long_queries_are_answered(tab):
     assert "sentence" in tab.locator("#line").inner_text()
     box = tab.locator("#sentence textarea, #sentence input").first
     box.fill("red " * 2000)
-    assert (
-        len(box.input_value()) == 2000
-    )  # the box takes no more; what the server does with more is in search/04_page
+    assert len(box.input_value()) == 2000  # the box takes no more; search/08_page tests the server with more
     ask(tab, "a hat")
     shows(tab, 12)
 
@@ -165,13 +159,14 @@ def test_a_hostile_file_name_stays_text_and_no_other_file_is_served(tab, served)
     index, address, _ = served
     ask(tab, "a person")
     assert tab.title() == "Find a person by a sentence"
-    from cpcl.search.page import Page
+    from cpcl.search.page import Page, Query
 
-    assert HOSTILE in Page(index).like(HOSTILE, 3, "any")[1]
-    for path in ("/etc/passwd", str(index.manifest["run"]) + "/config.json", str(index.manifest["folder"])):
+    manifest = index.manifest
+    assert HOSTILE in Page(index).like(HOSTILE, Query(k=3)).paths
+    for path in ("/etc/passwd", f"{manifest.run}/config.json", manifest.folder):
         for route in ("gradio_api/file=", "file="):
             assert tab.request.get(f"{address.rstrip('/')}/{route}{path}").status in (403, 404), (route, path)
-    assert str(index.manifest["folder"]) not in tab.content()
+    assert manifest.folder not in tab.content()
 
 
 def test_a_phone_shows_it_all(browser, served, tmp_path):
@@ -188,7 +183,7 @@ def test_a_phone_shows_it_all(browser, served, tmp_path):
 
 def test_others_need_a_password(served, monkeypatch):
     from cpcl.core import UserError
-    from cpcl.search.page import serve
+    from cpcl.search import serve
 
     monkeypatch.setenv("CPCL_PASSWORD", "short")
     monkeypatch.setattr("sys.stdin", None)

@@ -242,7 +242,7 @@ for a, b in zip(whole, shared):
 
 @pytest.mark.slow
 def test_resumed_by_two_processes(runs, root, tmp_path, promise):
-    promise("a run that one process started is resumed by two, the optimiser's state shared by the first")
+    promise("a run that one process began goes on in two, the optimiser's state shared by the first")
     import shutil
 
     shutil.copytree(runs(1)[0], tmp_path / "run")
@@ -284,7 +284,7 @@ def test_a_rank_that_dies_ends_the_run(rank, how, traceback, root, tmp_path, pro
 
 @pytest.mark.slow
 def test_an_error_of_the_user_is_printed_once(root, tmp_path, promise):
-    promise("bad input of several processes is reported once")
+    promise("bad input of several processes is said once")
     script = tmp_path / "noted.py"
     script.write_text(SCRIPT)
     done = launch(

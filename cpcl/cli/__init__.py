@@ -4,5 +4,6 @@ from .._front_door import front_door
 
 __getattr__, __dir__, __all__ = front_door(
     __name__,
-    program="main parse COMMANDS",
+    program="COMMANDS main parse",
+    training="flag_settings result_table",
 )

@@ -5,6 +5,6 @@ from .._front_door import front_door
 __getattr__, __dir__, __all__ = front_door(
     __name__,
     labels="ClusterConfig ClusterReport pseudo_labels cluster_images",
-    dbscan="auto_eps eps_curve eps_plot",
+    eps="auto_eps eps_curve eps_plot",
     jaccard="jaccard_graph",
 )

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import UserError, at_least_float32
-from ..data.batches import pixels_of, to_tensor, tokenize
+from ..data.images import pixels_of, to_tensor
+from ..data.tokens import tokenize
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #b33cf1ab
 TINY = dict(
@@ -28,12 +29,10 @@ TINY = dict(
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    "Which CLIP to build, with which weights, for which image size. Raises UserError if they do not match."
+    "Which CLIP, with which weights, for which image size. Raises UserError if they do not match."
 
     model: str = "tiny"  # "tiny" or any open_clip name, e.g. "ViT-B-16-quickgelu"
-    pretrained: str = (
-        "tiny"  # "tiny" (data/tiny-clip), an open_clip tag ("openai"), a file, or "": random weights
-    )
+    pretrained: str = "tiny"  # "tiny", an open_clip tag ("openai"), a file, or "" for random weights
     height: int = 0  # image height in pixels; 0: 96 for tiny, else 384
     width: int = 0  # image width in pixels; 0: 40 for tiny, else 128
 
@@ -43,12 +42,10 @@ class EncoderConfig:
             raise UserError(f"give height and width both (or neither), got {size}")
         if max(self.height, self.width) > 4096:
             raise UserError(
-                f"images may have at most 4096 pixels a side, got {size}: give a smaller --height and --width"
+                f"a side may have at most 4096 pixels, got {size}: give smaller --height, --width"
             )
         if self.pretrained == "tiny" and self.model != "tiny":
-            raise UserError(
-                f"the tiny CLIP's weights do not fit {self.model}: give others, e.g. --pretrained openai"
-            )
+            raise UserError(f"the tiny CLIP's weights do not fit {self.model}: give --pretrained openai")
 
     @property
     def image_size(self):  # (height, width) in pixels
@@ -62,16 +59,16 @@ def architecture(
     model: str,  # "tiny" or an open_clip name
     image_size: tuple,  # (height, width) in pixels
 ) -> dict:  # an open_clip model configuration with that image size
-    "The open_clip configuration of a model at an image size. Raises UserError if cpcl cannot use that model."
+    "The open_clip configuration of a model at an image size. Raises UserError if cpcl cannot use it."
     import open_clip
 
     cfg = copy.deepcopy(TINY) if model == "tiny" else open_clip.get_model_config(model)
     if cfg is None:
         near = difflib.get_close_matches(model, open_clip.list_models(), 5, cutoff=0)
-        raise UserError(f"open_clip knows no model {model!r}, the nearest names are {', '.join(near)}")
+        raise UserError(f"open_clip knows no model {model!r}, the nearest are {', '.join(near)}")
     text, vision = cfg["text_cfg"], cfg["vision_cfg"]
     if "hf_model_name" in text or "hf_tokenizer_name" in text:
-        raise UserError(f"{model} has its own tokenizer: choose a model with CLIP's, e.g. ViT-B-16-quickgelu")
+        raise UserError(f"{model} has its own tokenizer: choose e.g. ViT-B-16-quickgelu, which has CLIP's")
     if not isinstance(vision.get("layers"), int) or "patch_size" not in vision:
         raise UserError(
             f"{model} has no plain vision transformer, whose positions can be resized: choose a ViT"
@@ -131,8 +128,8 @@ class Encoder(nn.Module):
 
         self.model, self.image_size = model, tuple(image_size)
         cfg = architecture(model, self.image_size)
-        custom = cfg.pop("custom_text", False)
-        self.clip = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
+        kind = open_clip.CustomTextCLIP if cfg.pop("custom_text", False) else open_clip.CLIP
+        self.clip = kind(**cfg)
         self.clip.logit_scale.requires_grad_(False)  # the losses have their own temperatures
         self.grid = tuple(side // cfg["vision_cfg"]["patch_size"] for side in self.image_size)
         self.width, self.context_length = cfg["embed_dim"], self.clip.context_length
@@ -149,7 +146,7 @@ class Encoder(nn.Module):
         self,
         tokens: torch.Tensor,  # `[B, L]` int64, zero-padded, L up to `context_length`
     ) -> torch.Tensor:  # `[B, D]` unit rows
-        "Features of captions at their end-of-text token. Raises ValueError if L exceeds `context_length`."
+        "Features of captions at their end-of-text token. Raises ValueError if L is too large."
         if tokens.shape[1] > self.context_length:
             raise ValueError(f"{tokens.shape[1]} tokens, but the table has {self.context_length}")
         if not hasattr(self.clip, "transformer"):
@@ -165,10 +162,10 @@ class Encoder(nn.Module):
         x = clip.token_embedding(tokens) + clip.positional_embedding[:n]
         x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:n, :n]))
         x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]
-        project = clip.text_projection
-        return project(x) if isinstance(project, nn.Linear) else x @ project
+        p = clip.text_projection
+        return p(x) if isinstance(p, nn.Linear) else x @ p
 
-    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple:  # unit rows `[B, D]` of both
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple:  # unit rows of both
         "Both towers in one call, so that one call wraps the model for several processes."
         return self.encode_image(image), self.encode_text(tokens)
 
@@ -191,6 +188,6 @@ def embed_images(
     self: Encoder,
     images,  # files or PIL images
 ) -> np.ndarray:  # float32 `[n, D]` unit rows
-    "Features of images, in the current mode of the model. Raises UserError for one that cannot be read."
+    "Features of images, in the current mode of the model. Raises UserError if one cannot be read."
     batch = torch.stack([to_tensor(pixels_of(i, self.image_size)) for i in images])
     return self.encode_image(batch.to(next(self.parameters()).device)).float().cpu().numpy()

@@ -19,7 +19,7 @@ from .towers import Encoder, EncoderConfig, resize_positions
 # %% ../../nbs/20_encoder/01_weights.ipynb #9b5c3f8b
 @dataclass(frozen=True)
 class Header:
-    "What a weight file tells about itself. All fields are empty for a file that cpcl did not write."
+    "What a weight file tells about itself. All fields are empty if cpcl did not write the file."
 
     model: str = ""  # "tiny" or an open_clip name
     image_size: tuple = ()  # (height, width) in pixels
@@ -77,7 +77,10 @@ def save_encoder(
 def read_weights(
     path,  # `.safetensors`, or a state dict saved by torch (`.pt`, `.pth`, `.bin`)
 ) -> dict:  # name -> tensor, in open_clip's names
-    "Read tensors from a file without running anything in it. Raises UserError if it holds anything else."
+    """Read tensors from a file without running anything in it.
+
+    Raises UserError if the file is damaged or holds anything else.
+    """
     path = Path(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -102,13 +105,14 @@ def _is_program(path):
     "Whether a file is TorchScript: an archive with code in it."
     if not zipfile.is_zipfile(path):
         return False
-    return any("/code/" in n or n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist())
+    names = zipfile.ZipFile(path).namelist()
+    return any("/code/" in n or n.endswith("constants.pkl") for n in names)
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #14fbd3e0
 def fetch(
     cfg: EncoderConfig,  # model and the source of its weights
 ) -> Path | None:  # a local file; None for random weights
-    "Find the weights of a configuration, or download them by tag. Raises UserError if neither is possible."
+    "Find the weights of a configuration, or download them by tag. Raises UserError if neither works."
     if not cfg.pretrained:
         return None
     if cfg.pretrained == "tiny":
@@ -126,7 +130,8 @@ def fetch(
     except Exception as e:
         where = source.get("hf_hub") or source.get("url")
         what = f"{cfg.model} / {cfg.pretrained} from {where} ({type(e).__name__})"
-        raise UserError(f"could not fetch {what}: download it elsewhere and give --pretrained FILE") from None
+        remedy = "download it elsewhere and give --pretrained FILE"
+        raise UserError(f"could not fetch {what}: {remedy}") from None
 
 
 def _tiny_weights():
@@ -152,8 +157,8 @@ def check_fit(
 
     wrong = sorted(name for name in wanted.keys() | state.keys() if not fits(name))
     if wrong:
-        what = f"{len(wrong)} tensors missing, left over or of another shape, e.g. {', '.join(wrong[:3])}"
-        raise UserError(f"{path} does not fit {model}: {what}")
+        what = f"{len(wrong)} tensors missing, left over or of another shape"
+        raise UserError(f"{path} does not fit {model}: {what}, e.g. {', '.join(wrong[:3])}")
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #9fd04f8c
 NOT_WEIGHTS = (
@@ -166,7 +171,7 @@ NOT_WEIGHTS = (
 def load_encoder(
     cfg: EncoderConfig = EncoderConfig(),  # model, weights, image size
 ) -> Encoder:  # in eval mode, float32, on the CPU
-    """Build the towers and load their weights, with positions stretched from the grid they were learnt on.
+    """Build the towers and load their weights, with positions stretched from the grid of the file.
 
     Raises UserError if the weights are not found or do not fit.
     """
@@ -174,7 +179,8 @@ def load_encoder(
     path = fetch(cfg)
     if path is None:
         return encoder
-    state, header = read_weights(path), read_header(path) if path.suffix == ".safetensors" else Header()
+    state = read_weights(path)
+    header = read_header(path) if path.suffix == ".safetensors" else Header()
     if header.model not in ("", cfg.model):
         raise UserError(f"{path} holds a {header.model}, not a {cfg.model}: give --model {header.model}")
     state = {name: x for name, x in state.items() if name not in NOT_WEIGHTS}
@@ -194,10 +200,10 @@ def load_encoder(
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #760fb5d1
 def convert(
-    source,  # a TorchScript `.pt` such as OpenAI's ViT-B-16.pt, from a source you trust: its code is run
+    source,  # a TorchScript `.pt` that you trust, because its code is run, such as OpenAI's
     out=None,  # the `.safetensors` to write; beside the source if not given
 ) -> Path:  # the file written
-    """Turn a TorchScript CLIP into safetensors. This RUNS the code in the file: only for files you trust.
+    """Turn a TorchScript CLIP into safetensors. This RUNS the code in the file.
 
     Raises UserError if there is no such file or it is no TorchScript.
     """

@@ -1,9 +1,11 @@
-"Scores of a retrieval, their intervals over people, and re-ranking."
+"Scores of a retrieval, their intervals over people, re-ranking, and the quality of labels."
 
 from .._front_door import front_door
 
 __getattr__, __dir__, __all__ = front_door(
     __name__,
-    scores="METRICS QueryScores Scores evaluate score_matrix rerank",
+    scores="METRICS QueryScores Scores evaluate score_matrix",
+    label_quality="LabelQuality MiningReport mining_report quality_of",
     intervals="bootstrap_interval paired_bootstrap",
+    reranking="rerank",
 )

@@ -14,16 +14,13 @@ from .scores import METRICS, QueryScores
 def _person_sums(
     values: np.ndarray,  # float `[Q, C]`, a value per query and column
     valid: np.ndarray,  # bool `[Q]`, queries that count
-    query_person: np.ndarray,  # int64 `[Q]`, whom each query speaks of
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # sums `[P, C]` and query counts `[P]`, only people with a query that counts
-    "Add up what counts, person by person (ours)."
+    query_person: np.ndarray,  # int64 `[Q]`, whom each query describes
+) -> tuple[np.ndarray, np.ndarray]:  # sums `[P, C]` and counts `[P]`, only people with a query that counts
+    "Add up what counts, person by person. Raises ValueError for other rows."
     query_person = np.asarray(query_person)
     if query_person.shape != valid.shape:
-        raise ValueError(
-            f"query_person must have {len(valid)} rows, one per query, got shape {query_person.shape}"
-        )
+        wanted = f"{len(valid)} rows, one per query"
+        raise ValueError(f"query_person must have {wanted}, got shape {query_person.shape}")
     _, at = np.unique(query_person[valid], return_inverse=True)
     count = np.bincount(at).astype("float64")
     sums = np.stack([np.bincount(at, column, len(count)) for column in values[valid].T], axis=1)
@@ -53,20 +50,21 @@ def _interval(
 
 
 def _check_draws(n, level):
+    "Raises ValueError for settings that make no interval."
     if n < 1:
         raise ValueError(f"n must be 1 or more draws, got {n}")
     if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}; 0.95 is usual")
+        raise ValueError(f"level must be between 0 and 1, got {level} (0.95 is usual)")
 
 # %% ../../nbs/70_eval/02_intervals.ipynb #33215e90
 def bootstrap_interval(
-    scores: QueryScores,  # what `evaluate` gave
-    query_person: np.ndarray,  # int64 `[Q]`, whom each query speaks of (`people_of`); images where nobody is known
+    scores: QueryScores,  # from `evaluate`
+    query_person: np.ndarray,  # int64 `[Q]`, whom each query describes (`people_of`)
     n: int = 1000,  # draws
     level: float = 0.95,  # share of the draws inside the interval, 0..1
     seed: int = 0,  # of the draws
 ) -> dict[str, tuple[float, float]]:  # metric -> (low, high) in percent
-    "Bootstrap interval of each metric, redrawing people with all their queries (ours, after Efron 1979)."
+    "Bootstrap interval of each metric, over people with all their queries (Efron 1979). Raises ValueError."
     _check_draws(n, level)
     sums, count = _person_sums(scores.table(), scores.valid, query_person)
     if len(count) < 2:
@@ -79,7 +77,7 @@ def _seed_mean(
     runs,  # a QueryScores, or a list of them, one per seed
     name: str,  # how a message calls it
 ) -> tuple[np.ndarray, np.ndarray, int]:  # table `[Q, 5]` averaged over seeds, valid `[Q]`, number of seeds
-    "Average the per-query scores over seeds (ours)."
+    "Average the per-query scores over seeds. Raises ValueError for no run or other queries."
     runs = [runs] if isinstance(runs, QueryScores) else list(runs)
     if not runs:
         raise ValueError(f"{name} must hold at least one run, got none")
@@ -92,14 +90,12 @@ def _seed_mean(
 def paired_bootstrap(
     a,  # the baseline: a QueryScores, or a list of them over seeds
     b,  # what is compared with it, on the same queries; seeds in the same order
-    query_person: np.ndarray,  # int64 `[Q]`, whom each query speaks of
+    query_person: np.ndarray,  # int64 `[Q]`, whom each query describes
     n: int = 1000,  # draws
     level: float = 0.95,  # share of the draws inside the interval, 0..1
     seed: int = 0,  # of the draws
-) -> dict[
-    str, tuple[float, float, float]
-]:  # metric -> (mean difference b - a, low, high) in percentage points
-    "Paired difference of two methods with its bootstrap interval over people (ours, after Efron 1979)."
+) -> dict[str, tuple[float, float, float]]:  # metric -> (mean of b - a, low, high) in percentage points
+    "Paired difference of two methods with its interval over people (Efron 1979). Raises ValueError."
     _check_draws(n, level)
     (ta, va, na), (tb, vb, nb) = _seed_mean(a, "a"), _seed_mean(b, "b")
     if na != nb:
@@ -107,10 +103,9 @@ def paired_bootstrap(
     if not np.array_equal(va, vb):
         raise ValueError(f"a and b are not over the same queries: {len(va)} and {len(vb)}")
     sums, count = _person_sums(tb - ta, va, query_person)
-    mean = sums.sum(0) / count.sum() if len(count) else np.full(len(METRICS), np.nan)
-    low, high = (
-        _interval(_draws(sums, count, n, seed), level)
-        if len(count) > 1
-        else np.full((2, len(METRICS)), np.nan)
-    )
+    mean, low, high = np.full((3, len(METRICS)), np.nan)
+    if len(count):
+        mean = sums.sum(0) / count.sum()
+    if len(count) > 1:
+        low, high = _interval(_draws(sums, count, n, seed), level)
     return {m: tuple(map(float, row)) for m, *row in zip(METRICS, mean, low, high)}

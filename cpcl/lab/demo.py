@@ -14,7 +14,8 @@ import pandas as pd
 
 from ..train.config import make_config
 from ..core import UserError, repo_root
-from ..data.read import Split, load_person, load_split, read_image
+from ..data.read import Split, load_person, load_split
+from ..data.images import read_image
 from ..encoder.weights import load_encoder
 from ..encoder.extract import features
 from ..synth.dataset import write_synth

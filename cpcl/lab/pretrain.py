@@ -24,7 +24,8 @@ from ..encoder.towers import Encoder
 from ..encoder.weights import save_encoder
 from ..train.epoch import build_optimizer, set_learning_rate
 from ..eval.scores import score_queries
-from ..data.batches import CLIP_MEAN, CLIP_STD, tokenize
+from ..data.images import CLIP_MEAN, CLIP_STD
+from ..data.tokens import tokenize
 from ..losses import itc
 from ..synth.dataset import SynthWorld
 from ..train.environment import environment
@@ -192,7 +193,8 @@ def probe(
     found = dict(style=style, people=people, images=len(img), R1=scores.R1, mAP=scores.mAP)
     for name, f, p in (("img", img, person), ("txt", txt, query)):
         found |= {
-            f"{k}_{name}": v for k, v in label_quality(pseudo_labels(f, **vars(PROBE_CLUSTERS)), p).items()
+            f"{k}_{name}": v
+            for k, v in vars(label_quality(pseudo_labels(f, **vars(PROBE_CLUSTERS)), p)).items()
         }
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
 

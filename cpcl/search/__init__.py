@@ -5,4 +5,5 @@ from .._front_door import front_door
 __getattr__, __dir__, __all__ = front_door(
     __name__,
     index="Index",
+    app="build_page serve",
 )

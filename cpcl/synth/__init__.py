@@ -4,8 +4,9 @@ from .._front_door import front_door
 
 __getattr__, __dir__, __all__ = front_door(
     __name__,
-    dataset="SynthWorld write_synth",
-    people="Person draw_person",
-    captions="Writer Annotator",
+    dataset="SynthWorld write_synth checksum",
+    people="Person draw_person twin",
+    shots="Shot draw_shot",
+    captions="Annotator caption",
     camera="Camera picture",
 )

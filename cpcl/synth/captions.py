@@ -178,6 +178,7 @@ def _kept(annotator, seen, extra, rng):
     "The slots that are mentioned, of those `seen` (slot -> visibility); `extra` raises every chance but two."
 
     def chance(slot, visibility):
+        "How likely this annotator mentions what is so well visible."
         usual = annotator.habits.get(slot, _RARE.get(slot, annotator.keep))
         return visibility * min(1, usual + (extra if slot not in ("skin", "build") else 0))
 

@@ -190,6 +190,7 @@ def _pattern(pen, f, half, hem):
     step, top = 0.042 * (1 + 0.35 * q["spacing"]), 0.2 + 0.01 * q["phase"]
 
     def across(y):
+        "From edge to edge at height `y`."
         return ((-half(y), y), (half(y), y))
 
     if kind == "striped":
@@ -232,6 +233,7 @@ def torso(
     hem = ys[-1]
 
     def edge(k, share=1.0):
+        "The corners on side `k`, or a share of the way to them."
         return [(k * share * half(y), y) for y in ys]
 
     pen.poly(edge(-1) + edge(1)[::-1], cloth)

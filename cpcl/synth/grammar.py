@@ -42,22 +42,22 @@ def fill(
 ) -> str:  # plain text, capital letters after full stops
     "Write out a template with the facts at hand."
 
-    def section(m):
+    def _section(m):
         names = [name for name in slots_of(m[1]) if name in SLOTS]
         return m[1] if not names or any(name in facts for name in names) else ""
 
-    def either(m):
+    def _either(m):
         options = m[1].split("|")
         return options[int(rng.random() * len(options))]
 
-    def form(fact, which):
+    def _form(fact, which):
         return fact if isinstance(fact, str) else fact[" ncv".index(which or " ")]
 
-    def slot(m):
-        return listed(form(facts[name], m[2]) for name in m[1].split("+") if name in facts)
+    def _slot(m):
+        return listed(_form(facts[name], m[2]) for name in m[1].split("+") if name in facts)
 
     while _SECTION.search(template):
-        template = _SECTION.sub(section, template)
-    text = _SLOT.sub(slot, _EITHER.sub(either, template))
+        template = _SECTION.sub(_section, template)
+    text = _SLOT.sub(_slot, _EITHER.sub(_either, template))
     text = re.sub(r"\b([aA]) (?=[aeiou])", r"\1n ", re.sub(r"\s+", " ", text)).strip()
     return re.sub(r"(^|[.:] )([a-z])", lambda m: m[1] + m[2].upper(), text)

@@ -69,7 +69,7 @@ class Pen:
         self.poly(((x0, y0), (x1, y0), (x1, y1), (x0, y1)), rgb)
 
     def oval(self, x, y, rx, ry, rgb, **kw):
-        "Draw a filled ellipse; `start` and `end` in degrees cut a slice of it."
+        "Draw a filled ellipse, or the slice of it from `start` to `end` (degrees)."
         (a, b), (c, d) = self.at(x - rx, y - ry), self.at(x + rx, y + ry)
         box = (min(a, c), b, max(a, c), d)
         self.draw.pieslice(box, fill=rgb, **kw) if kw else self.draw.ellipse(box, fill=rgb)

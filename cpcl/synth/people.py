@@ -111,6 +111,7 @@ def read_look(
     palette = {colour: tuple(rgb) for colour, rgb in style["palette"].items()}
 
     def weighted(table):
+        "Write out the two abbreviations."
         if isinstance(table, dict):
             return table
         return dict.fromkeys(palette if table == "palette" else table, 1)
@@ -136,9 +137,11 @@ def draw_person(
     sex = look.pick(rng, "sex")
 
     def pick(name, only_if=True):
+        "A value for this person, or the empty string."
         return look.pick(rng, name, sex) if only_if else ""
 
     def other(name, taken):
+        "A colour that contrasts with the cloth."
         while (colour := pick(name)) == taken:
             pass
         return colour

@@ -18,12 +18,12 @@ def overlay(
 ) -> dict:  # a new one; the arguments stay as they are
     "Merge two styles: tables entry by entry, anything else replaced."
 
-    def over(section, value):
+    def _over(section, value):
         below = base.get(section)
         both_tables = isinstance(below, dict) and isinstance(value, dict)
         return below | value if both_tables else value
 
-    return base | {section: over(section, value) for section, value in own.items()}
+    return base | {section: _over(section, value) for section, value in own.items()}
 
 # %% ../../nbs/synth/00_style.ipynb #d622e6c4
 def read_style(

@@ -39,7 +39,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,  # its optimiser
     **facts,  # JSON values to keep beside, e.g. `epoch=3`
 ):
-    "Write everything a run needs to resume, in one file; raises UserError if the disk is full."
+    "Write everything a run needs to resume, in one file. Raises UserError if the disk is full."
     from safetensors.torch import save_file
 
     path, tensors = Path(path), state_tensors(model, optimizer)
@@ -67,7 +67,7 @@ def _crc(tensors):
 def read_state(
     path,  # a file `save_state` wrote
 ) -> tuple:  # (tensors by name, facts)
-    "Read a training state and check its checksum; raises UserError for a damaged file."
+    "Read a training state and check its checksum. Raises UserError for a damaged file."
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
@@ -102,7 +102,7 @@ def fill_state(
     model: torch.nn.Module,  # filled in place
     optimizer: torch.optim.Optimizer,  # filled in place
 ):
-    "Put weights and moments back; raises UserError for those of another model."
+    "Put weights and moments back. Raises UserError for those of another model."
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         raise UserError("the training state belongs to another model: give another --out")
@@ -124,7 +124,7 @@ def write_json(
     path,  # file to write
     value,  # JSON values
 ):
-    "Write JSON with sorted keys; an interrupted write leaves the old file intact."
+    "Write JSON with sorted keys. An interrupted write leaves the old file intact."
     with atomic_path(path) as tmp:
         tmp.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf8")
 
@@ -133,7 +133,7 @@ def read_history(
     run,  # run folder
     before: int = None,  # only epochs below this one
 ) -> list:  # a dict per epoch
-    "The lines of `history.jsonl`; a damaged last line is left out."
+    "The lines of `history.jsonl`. A damaged last line is left out."
     path, rows = Path(run) / "history.jsonl", []
     for line in path.read_text(encoding="utf8").splitlines() if path.is_file() else []:
         try:
@@ -159,7 +159,7 @@ def start_run(
     resume: bool = False,  # continue after the last complete epoch if there is one
     hooks: dict = None,  # names of a loss or a label source of your own, by "loss" and "labels"
 ):
-    "Open a run folder; raises UserError if it holds another run."
+    "Open a run folder. Raises UserError if it holds another run."
     run = Path(run)
     path = run / "config.json"
     if path.is_file():
@@ -189,7 +189,7 @@ def _flat(d, pre=""):
 def read_config(
     run,  # run folder
 ) -> TrainConfig:  # its configuration
-    "The configuration a run was made with; raises UserError for a folder that has none."
+    "The configuration a run was made with. Raises UserError for a folder that has none."
     path = Path(run) / "config.json"
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it has no config.json")
@@ -210,7 +210,7 @@ def encoder_file(
     run,  # run folder, or the folder of a published model
     which: str = "last",  # "last" or "best"; a published model has one
 ) -> Path:  # a safetensors file
-    "The file with the weights of a run; raises UserError if there is none."
+    "The file with the weights of a run. Raises UserError if there is none."
     tries = [Path(run) / f"{which}.safetensors", Path(run) / "model.safetensors"]
     for path in tries:
         if path.is_file():
@@ -222,7 +222,7 @@ def load_run(
     run,  # run folder, or the folder of a published model
     which: str = "last",  # "last" or "best"
 ) -> Encoder:  # in eval mode
-    "The encoder of a run; raises UserError if it cannot be read."
+    "The encoder of a run. Raises UserError if it cannot be read."
     path = encoder_file(run, which)
     if path.name != "model.safetensors":
         return load_encoder(replace(read_config(run).encoder, pretrained=str(path)))

@@ -16,7 +16,7 @@ from ..core import UserError
 from ..encoder.towers import EncoderConfig
 from ..hcm import HCMConfig
 from .labels import LabelConfig
-from ..data.batches import AugmentConfig
+from ..data.augment import AugmentConfig
 
 # %% ../../nbs/80_train/00_config.ipynb #95690ba7
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _flag(value, name):
 
 
 def _plain(value, kind, name):
-    "An int, a float or a str; a fraction is no int."
+    "An int, a float or a str. A fraction is no int."
     expected = {int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__)
     try:
         cast = kind(value)
@@ -181,12 +181,12 @@ def override(
     changes: dict,  # dotted field name -> value, as text or already of its type
     inside: str = "",  # the group that `cfg` is, with its dot; for messages
 ):  # a new configuration
-    "Change fields by dotted name; raises UserError for an unknown name or a bad value."
+    "Change fields by dotted name. Raises UserError for an unknown name or a bad value."
     for name, value in changes.items():
         head, _, rest = name.partition(".")
         hints = typing.get_type_hints(type(cfg))
         if head not in hints:
-            raise UserError(f"no setting {head!r} here; there are: {', '.join(hints)}")
+            raise UserError(f"no setting {head!r} here, there are: {', '.join(hints)}")
         if rest and not dataclasses.is_dataclass(hints[head]):
             raise UserError(f"{head} is a setting, not a group: there is no {name}")
         if rest:
@@ -238,11 +238,11 @@ def make_config(
     seed: int = 0,  # of the run
     changes: dict = None,  # last word: dotted field name -> value
 ) -> TrainConfig:  # the whole configuration
-    "A whole configuration: schedule, data, preset, then changes, in this order; raises UserError."
+    "A whole configuration: schedule, data, preset, then changes, in this order. Raises UserError."
     if preset not in PRESETS:
-        raise UserError(f"no preset {preset!r}; there are: {', '.join(PRESETS)}")
+        raise UserError(f"no preset {preset!r}, there are: {', '.join(PRESETS)}")
     if schedule not in SCHEDULES:
-        raise UserError(f"no schedule {schedule!r}; there are: {', '.join(SCHEDULES)}")
+        raise UserError(f"no schedule {schedule!r}, there are: {', '.join(SCHEDULES)}")
     if changes and "preset" in changes:
         raise UserError("a preset is a whole set of settings: give --preset, not --set preset=")
     by_data = data_settings(data, images) if images else {}
@@ -266,7 +266,7 @@ def config_from(
     values: dict,  # what `config_dict` gave, perhaps through JSON
     kind: type = TrainConfig,  # the dataclass to make
 ):  # the configuration
-    "Rebuild a configuration; raises UserError for an unknown or ill-typed field."
+    "Rebuild a configuration. Raises UserError for an unknown or ill-typed field."
     if not isinstance(values, dict):
         raise UserError(f"{kind.__name__} must be a group of settings, got {values!r}")
     hints, made = typing.get_type_hints(kind), {}

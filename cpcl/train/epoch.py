@@ -112,7 +112,7 @@ def encode_batch(
 def as_loss(
     value,  # what a loss function returned: `Loss`, (total, terms), or a scalar
 ) -> Loss:
-    "Check what a loss function returned; raises UserError."
+    "Check what a loss function returned. Raises UserError."
     total, terms = value if isinstance(value, tuple) else (value, {})
     if not torch.is_tensor(total) or total.numel() != 1 or not total.requires_grad:
         raise UserError(f"a loss function must return a scalar tensor with a gradient, got {value!r:.200}")
@@ -143,7 +143,7 @@ PATIENCE = 3  # steps in a row without a finite loss that stop a run
 
 
 class SkippedSteps(list):
-    "The skipped steps of an epoch; raises NotFinite when there are too many in a row."
+    "The skipped steps of an epoch. Raises NotFinite when there are too many in a row."
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ def train_epoch(
     write=None,  # (step, dict) -> None, for TensorBoard
     bf16: bool = False,  # towers in bfloat16
 ) -> StepMeans:
-    "Walk once through the captions; raises NotFinite."
+    "Walk once through the captions. Raises NotFinite."
     model.train()
     settings, captions, size = loss_settings(cfg, epoch), len(memories.labels_txt), cfg.optim.batch_size
     steps, warm = len(loader), round(cfg.optim.warmup * len(loader))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..cluster.labels import LARGEST_EPS, ClusterConfig
-from ..cluster.dbscan import eps_curve, eps_plot
+from ..cluster.eps import eps_curve, eps_plot
 from ..cluster.jaccard import jaccard_graph
 from ..cluster.knn import knn
 from .labels import LabelReport

@@ -47,7 +47,7 @@ class EpochRow:
         cls,
         row: dict,  # a line of `history.jsonl`
     ):  # EpochRow
-        "A row from its line; what is not known by name is a term of the loss."
+        "A row from its line. What is not known by name is a term of the loss."
         rest = dict(row)
         epoch, seconds, best = rest.pop("epoch"), rest.pop("seconds", {}), rest.pop("best_epoch", None)
         names = [f.name for f in fields(LabelReport)]
@@ -75,7 +75,7 @@ def epoch_line(
 
 
 def _labels(report):
-    "Clusters and outliers of both modalities; nothing without labels."
+    "Clusters and outliers of both modalities. Nothing without labels."
     if report is None:
         return ""
     text = f"  clusters {report.clusters_img} images {report.clusters_txt} captions  outliers"

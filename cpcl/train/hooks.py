@@ -15,7 +15,7 @@ from ..core import UserError
 def load_function(
     text,  # "module:function" or "FILE.py:function"; a function is returned as it is
 ):  # the function
-    "Find a function by name; raises UserError if there is none."
+    "Find a function by name. Raises UserError if there is none."
     if callable(text):
         return text
     where, colon, name = str(text).rpartition(":")
@@ -28,7 +28,7 @@ def load_function(
 
 
 def _module(where, text):
-    "The module of a dotted name or of a file; a file is read again every time."
+    "The module of a dotted name or of a file. A file is read again every time."
     try:
         if not where.endswith(".py"):
             return importlib.import_module(where)

@@ -7,7 +7,7 @@ __all__ = ['Features', 'Labels', 'LabelReport', 'label_report', 'fuse_pairs', 'L
            'true_labels', 'as_labels']
 
 # %% ../../nbs/80_train/01_labels.ipynb #5f0b0b52
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -73,7 +73,7 @@ def fuse_pairs(
     image_of: np.ndarray,  # int64 `[M]`, a(j)
     share: float,  # of the captions in the cosine, above 0 and below 1
 ) -> tuple:  # float32 unit rows `[N, 2D]` and `[M, 2D]`
-    "Images and captions with the other half of their pair, for clustering; raises UserError."
+    "Images and captions with the other half of their pair, for clustering. Raises UserError."
     if not 0 < share < 1:
         raise UserError(f"the captions' share must be between 0 and 1, got {share}")
     said = np.zeros((len(img), txt.shape[1]), np.float64)
@@ -89,7 +89,7 @@ def fuse_pairs(
 # %% ../../nbs/80_train/01_labels.ipynb #3dc00a14
 @dataclass(frozen=True)
 class LabelConfig:
-    "Where an epoch's labels come from; sources beyond `clusters` are those of the baselines."
+    "Where an epoch's labels come from. Sources beyond `clusters` are those of the baselines."
 
     # none; each modality's clusters; image clusters for both; true identities
     source: Literal["none", "clusters", "image", "person"] = "clusters"
@@ -115,7 +115,7 @@ def check_rows(
     images: int,  # N
     captions: int,  # M
 ):
-    "Check that there are as many rows as neighbours asked for; raises UserError."
+    "Check that there are as many rows as neighbours asked for. Raises UserError."
     if cfg.source not in ("clusters", "image"):
         return
     asked = [("image", cfg.image.k1, captions if cfg.unit == "pair" else images)]
@@ -154,17 +154,17 @@ def _clusters(features, cfg, log):
     img, txt, image_of = features.img, features.txt, features.image_of
     if cfg.fuse:
         img, txt = fuse_pairs(img, txt, image_of, cfg.fuse)
-    labels_img = cluster_images(on_device(img), image_of, cfg.image, cfg.unit, say=report("images"))
+    labels_img = cluster_images(on_device(img), image_of, cfg.image, cfg.unit, log=report("images"))
     if cfg.source == "image":
         return labels_img, labels_img[image_of]
-    return labels_img, pseudo_labels(on_device(txt), **vars(cfg.caption), say=report("captions"))
+    return labels_img, pseudo_labels(on_device(txt), **vars(cfg.caption), log=report("captions"))
 
 # %% ../../nbs/80_train/01_labels.ipynb #64a750ba
 def true_labels(
     truth,  # () -> int64 `[N]`, the true identity of each image; None where nobody is known
     image_of: np.ndarray,  # int64 `[M]`, a(j)
 ) -> Labels:
-    "True identities as labels, for the preset that is called `supervised`; raises UserError without them."
+    "True identities as labels, for the preset that is called `supervised`. Raises UserError without them."
     if truth is None:
         raise UserError("the supervised preset needs people in the annotation, and there are none")
     labels_img = np.unique(truth(), return_inverse=True)[1].astype(np.int64)
@@ -175,7 +175,7 @@ def as_labels(
     found,  # what a label source returned: `Labels`, or a tuple (img, txt) of integers
     features: Features,  # what it was given
 ) -> Labels:
-    "Check what a label source returned; raises UserError."
+    "Check what a label source returned. Raises UserError."
     labels = found if isinstance(found, Labels) else Labels(*map(np.asarray, found))
     for name, y, rows in (("image", labels.img, features.img), ("caption", labels.txt, features.txt)):
         try:

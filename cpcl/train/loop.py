@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import Stopwatch, UserError, seed_everything
-from ..data.batches import PixelCache, pair_loader
+from ..data.images import PixelCache
+from ..data.batches import pair_loader
 from ..data.read import Split
 from ..encoder.weights import load_encoder, read_header, save_encoder
 from ..hcm import hcm_loss
@@ -57,7 +58,7 @@ def fit(
     loss=hcm_loss,  # (Batch, Prototypes, HCMConfig) -> Loss or a scalar; or its name
     labels=epoch_labels,  # (Features, LabelConfig, log) -> Labels or (img, txt); or its name
 ) -> list:  # of `EpochRow`
-    "Train from `cfg.encoder`'s weights to `last` and `best.safetensors` in the run folder; raises UserError."
+    "Train from `cfg.encoder`'s weights to `last` and `best.safetensors` in the run folder. Raises UserError."
     hooks = _hooks(cfg, loss, labels)
     check_rows(cfg.labels, len(train.images), len(train.captions))
     accelerator, bf16 = start_processes(cfg.optim.precision, cfg.optim.deterministic)
@@ -114,7 +115,7 @@ def _label(labels, features, cfg, truth, log):
 
 
 def _judge(found, features, cfg, quality, run, history, log):
-    "(LabelReport, numbers of `quality`) of an epoch's labels; what is odd about them is logged."
+    "(LabelReport, numbers of `quality`) of an epoch's labels. What is odd about them is logged."
     report = label_report(found)
     rows = len(features.img), len(features.txt)
     for line in label_remarks(report, *rows, cfg.labels.source):
@@ -137,13 +138,13 @@ def _alarm(cfg, features, run, reports, log):
         clustered = img if m == "img" else txt
         figure = save_eps_figure(clustered, getattr(cfg.labels, setting), run / f"eps-{name}.png")
         log(
-            f"  ALARM: for three epochs more than 90 % of the {name} were outliers; {figure} shows "
+            f"  ALARM: for three epochs more than 90 % of the {name} were outliers. {figure} shows "
             f"what another labels.{setting}.eps would give"
         )
 
 
 def _check_finite(features, train):
-    "Features that hold NaN or infinity come from damaged weights; raises UserError."
+    "Features that hold NaN or infinity come from damaged weights. Raises UserError."
     both = ("images", features.img, train.images), ("captions", features.txt, train.captions)
     for name, x, what in both:
         bad = np.flatnonzero(~np.isfinite(x).all(1))
@@ -186,7 +187,7 @@ def _restore(cfg, encoder, run, resume, device, log):
 
 
 def _repair(run, encoder, history):
-    "Write again what a disk has lost; raises UserError for a best encoder that resuming does not bring back."
+    "Write again what a disk has lost. Raises UserError for a best encoder that resuming does not bring back."
     write_history(run, [row.as_dict() for row in history])
     last = history[-1]
     for name in ("last", "best"):
@@ -214,13 +215,13 @@ def _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator):
         workers=workers,
         cache=pixels,
         groups=memories.labels_img.cpu().numpy()[train.image_of],
-        mates=cfg.labels.captions_per_cluster,
+        captions_per_cluster=cfg.labels.captions_per_cluster,
         **share(accelerator),
     )
 
 
 def _with_best(row, history):
-    "The row of an epoch, with the best epoch so far by val mAP; the last one where there is no validation."
+    "The row of an epoch, with the best epoch so far by val mAP. The last one where there is no validation."
     if row.val and history:
         best = history[history[-1].best_epoch]
         if row.val["val_mAP"] <= best.val["val_mAP"]:
@@ -229,7 +230,7 @@ def _with_best(row, history):
 
 
 def _save_epoch(run, encoder, optimizer, history, writer):
-    "Everything an epoch leaves behind; the state last, since it declares the epoch done."
+    "Everything an epoch leaves behind. The state last, since it declares the epoch done."
     row = history[-1]
     best = history[row.best_epoch].val.get("val_mAP")
     rows = [r.as_dict() for r in history]
@@ -261,7 +262,7 @@ def _save_batches(run, train, e):
     path = run / "not_finite.json"
     write_json(path, e.steps)
     raise UserError(
-        f"{e}: their images and captions are in {path}; a smaller --lr or "
+        f"{e}: their images and captions are in {path}, a smaller --lr or "
         "--set optim.precision=fp32 may help, in another --out"
     ) from e
 

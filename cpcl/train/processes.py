@@ -20,12 +20,12 @@ def interleave(
     parts: list,  # W tensors `[b, ...]`, process by process
     size: int,  # true rows of the global batch, at most W*b
 ) -> torch.Tensor:  # `[size, ...]` in global order
-    "Undo the dealing: row i of process r was global row i*W + r; fillers at the end are cut off."
+    "Undo the dealing: row i of process r was global row i*W + r. Fillers at the end are cut off."
     return torch.stack(parts, 1).flatten(0, 1)[:size]
 
 # %% ../../nbs/80_train/06_processes.ipynb #f3bb0cae
 class _Gather(torch.autograd.Function):
-    "`[W, b, ...]` from every process's `[b, ...]`; backward, the gradient of its own rows, W times."
+    "`[W, b, ...]` from every process's `[b, ...]`. Backward, the gradient of its own rows, W times."
 
     @staticmethod
     def forward(ctx, x):
@@ -76,7 +76,7 @@ def shared_features(
     split,  # as for `features`
     **kwargs,  # `batch_size`, `workers`, `cache` of `features`
 ) -> tuple:  # img `[N, D]`, txt `[M, D]`: unit rows in row order, the same in every process
-    "Encode a split, each process its share of the rows; all of them call it."
+    "Encode a split, each process its share of the rows. All of them call it."
     if not several():
         return features(encoder, split, **kwargs)
     return features(
@@ -110,7 +110,7 @@ def start_processes(
     precision: str = "auto",  # "auto", "fp32", "bf16" or "fp64"
     deterministic: bool = False,  # the same bits every time on a GPU too
 ) -> tuple:  # (accelerate's Accelerator, whether the towers run in bf16)
-    "Join the other processes, if there are any, and choose the precision; raises UserError."
+    "Join the other processes, if there are any, and choose the precision. Raises UserError."
     able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not able:
         raise UserError(

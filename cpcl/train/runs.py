@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core import UserError, default_device, progress
-from ..data.batches import PixelCache
+from ..data.images import PixelCache
 from ..data.read import Split, detect, has_split, load_person, load_split
 from ..encoder.towers import EncoderConfig
 from ..encoder.extract import features
@@ -30,7 +30,7 @@ def score_split(
     direction: str = "t2i",  # "t2i" or "i2t"
     together: bool = False,  # with the other processes, which all call it: encode a share each, rank once
 ):  # QueryScores: a result per query; `.mean()` gives Scores
-    "Encode a split and rank it, each query once; people are used if the annotation has them."
+    "Encode a split and rank it, each query once. People are used if the annotation has them."
 
     def rank(img, txt):
         return evaluate(img, txt, split.image_of, load_person(split), direction=direction)
@@ -96,7 +96,7 @@ def train_run(
     log=print,  # receives the lines
     **hooks,  # `loss` and `labels` of `fit`, as functions or names
 ) -> RunResult | None:  # None in processes other than the first
-    "Train a preset on a data set and evaluate it; raises UserError before training for bad input."
+    "Train a preset on a data set and evaluate it. Raises UserError before training for bad input."
     name = name or detect(root)
     train = load_split(root, name, "train")
     held_out = {s: load_split(root, name, s) for s in ("val", "test") if has_split(root, name, s)}
@@ -109,12 +109,7 @@ def train_run(
         return {"val_R1": mean.R1, "val_mAP": mean.mAP}
 
     quality, truth = identity_calls(train)
-    check_rows(cfg.labels, len(train.images), len(train.captions))
-    if cfg.labels.source == "person" and truth is None:
-        raise UserError(
-            f"the supervised preset needs people in the annotation, and {root} has none: "
-            "take another --preset"
-        )
+    _check(cfg, train, truth, root)
     first = start_processes(cfg.optim.precision, cfg.optim.deterministic)[0].is_main_process
     if first:
         _read_images(caches.values())
@@ -130,8 +125,18 @@ def train_run(
     return result
 
 
+def _check(cfg, train, truth, root):
+    "What can be known to fail before an image is read."
+    check_rows(cfg.labels, len(train.images), len(train.captions))
+    if cfg.labels.source == "person" and truth is None:
+        raise UserError(
+            f"the supervised preset needs people in the annotation, and {root} has none: "
+            "take another --preset"
+        )
+
+
 def _read_images(caches):
-    "Decode every image once, kept or not; raises UserError for one that cannot be read."
+    "Decode every image once, kept or not. Raises UserError for one that cannot be read."
     for cache in caches:
         if cache.cached:
             cache.fill()

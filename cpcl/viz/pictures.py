@@ -56,18 +56,19 @@ def _frame(ax, image, colour, title="", below="", dashed=False):
     ax.set_xlabel(below, fontsize=8, labelpad=3, parse_math=False)
 
 # %% ../../nbs/02_viz/01_pictures.ipynb #990fd2d3
-_MARKS = {None: ("outlier", ""), True: ("right", " ✓"), False: ("wrong", " ✗")}  # right? -> colour, symbol
+# right? -> colour, symbol
+_MARKS = {None: ("outlier", ""), True: ("right", " ✓"), False: ("wrong", " ✗")}
 
 
 def ranked_lists(
     queries: list[str],  # Q captions
-    images: list,  # Q lists of PIL images or arrays `[H, W, 3]`, best first; lists may differ in length
+    images: list,  # Q lists of PIL images or arrays `[H, W, 3]`, best first
     right: list = None,  # Q lists of bool, one per image; None if unknown
     scores: list = None,  # Q lists of similarities to print below; None prints none
     height: float = 1.7,  # of a row, inches
     axes=None,  # `[Q, 1 + longest list]` to draw on; None makes a figure
 ) -> np.ndarray:  # the axes `[Q, 1 + longest list]`
-    """The best images of each query, right ones framed green with a tick, wrong ones dashed red with a cross.
+    """The best images of each query, right ones in green with a tick, wrong ones in red with a cross.
 
     Raises ValueError if the lists do not match.
     """
@@ -79,7 +80,8 @@ def ranked_lists(
             continue
         got = [len(one) for one in lists]
         if len(got) != len(queries) or got != lengths:
-            raise ValueError(f"{name} must hold {len(queries)} lists as long as those of images, got {got}")
+            wanted = f"{len(queries)} lists as long as those of images"
+            raise ValueError(f"{name} must hold {wanted}, got {got}")
     axes = _grid(len(queries), max(lengths), height, 2.4, axes)
     for q, row in enumerate(axes):
         _write(row[0], queries[q], 30, max(1, int(5.6 * height)))
@@ -105,13 +107,14 @@ def pick_clusters(
     k = check_labels(labels)
     rescued = np.zeros(len(labels), bool) if rescued is None else np.asarray(rescued, bool)
     if rescued.shape != labels.shape:
-        raise ValueError(f"rescued must have {len(labels)} rows, one per label, got shape {rescued.shape}")
+        raise ValueError(f"rescued must have {len(labels)} rows, got shape {rescued.shape}")
     sizes = np.bincount(labels[labels >= 0], minlength=k)
     has_rescued = np.bincount(labels[rescued & (labels >= 0)], minlength=k) > 0
     first = np.lexsort((-sizes, ~has_rescued))[:n_clusters]
     chosen = []
     for c in [*first, -1]:
-        clean, new = np.flatnonzero((labels == c) & ~rescued), np.flatnonzero((labels == c) & rescued)
+        clean = np.flatnonzero((labels == c) & ~rescued)
+        new = np.flatnonzero((labels == c) & rescued)
         new = new[: max(n_images // 2, n_images - len(clean))]
         rows = np.concatenate([clean[: n_images - len(new)], new])
         if len(rows):
@@ -120,7 +123,7 @@ def pick_clusters(
 
 # %% ../../nbs/02_viz/01_pictures.ipynb #8cdf8653
 def cluster_montage(
-    images,  # N PIL images or arrays, or any object with `images[row]`, called for the rows shown only
+    images,  # N PIL images or arrays, or any object with `images[row]`
     labels: np.ndarray,  # int64 `[N]`, -1 = outlier, else 0..K-1
     rescued: np.ndarray = None,  # bool `[N]`, rows that OPLM labelled
     n_clusters: int = 6,  # how many clusters at most
@@ -128,9 +131,9 @@ def cluster_montage(
     height: float = 1.3,  # of a row, inches
     axes=None,  # `[rows shown, 1 + longest row]` to draw on; None makes a figure
 ) -> np.ndarray:  # the axes `[rows shown, 1 + longest row]`
-    """A row of images for each cluster, outliers in the last row, images rescued by OPLM framed and marked.
+    """A row of images for each cluster and for the outliers, images rescued by OPLM marked.
 
-    Raises ValueError if there is nothing to show.
+    Only the images shown are asked for. Raises ValueError if there are none.
     """
     chosen = pick_clusters(labels, rescued, n_clusters, n_images)
     if not chosen:

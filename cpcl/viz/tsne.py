@@ -31,9 +31,8 @@ def tsne_points(
 
     none = np.zeros((0, img.shape[1]), "float32")
     named = dict(img=img, txt=txt, protos_img=protos_img, protos_txt=protos_txt)
-    parts = [
-        check_features(none if x is None else np.asarray(x, "float32"), name) for name, x in named.items()
-    ]
+    arrays = {name: none if x is None else np.asarray(x, "float32") for name, x in named.items()}
+    parts = [check_features(x, name) for name, x in arrays.items()]
     if centre:
         parts = [x - parts[i % 2].mean(0) if len(x) else x for i, x in enumerate(parts)]
     x = np.concatenate(parts)
@@ -81,12 +80,13 @@ def tsne_map(
     ax=None,  # to draw on; None makes a figure
     **tsne,  # `centre`, `perplexity`, `seed` of `tsne_points`
 ):  # the axes
-    """Images as dots, captions as triangles and prototypes as stars on one t-SNE map, coloured by label.
+    """Images (dots), captions (triangles) and prototypes (stars) on one map, coloured by label.
 
     Raises ValueError if labels and features differ in length.
     """
     points = tsne_points(img, txt, protos_img, protos_txt, **tsne)
-    labels = [np.asarray(labels_img), np.asarray(labels_txt), *(np.arange(len(p)) for p in points[2:])]
+    numbers = [np.arange(len(protos)) for protos in points[2:]]
+    labels = [np.asarray(labels_img), np.asarray(labels_txt), *numbers]
     for name, y, p in zip(("labels_img", "labels_txt"), labels, points):
         if y.shape != (len(p),):
             raise ValueError(f"{name} must have {len(p)} rows, got shape {y.shape}")
@@ -99,8 +99,8 @@ def tsne_map(
         if not len(p):
             continue
         look, star = dict(marker=marker, s=size, edgecolors=edge), marker == "*"
-        more = dict(linewidths=1.0, alpha=1, zorder=2) if star else dict(linewidths=0, alpha=0.85, zorder=1)
-        ax.scatter(*p.T, c=[colours.get(k, _GREY) for k in y.tolist()], **look, **more)
+        tints, line, alpha = [colours.get(k, _GREY) for k in y.tolist()], float(star), 1 if star else 0.85
+        ax.scatter(*p.T, c=tints, linewidths=line, alpha=alpha, zorder=1 + star, **look)
         ax.scatter([], [], c="w" if star else "grey", label=name, **look)
     ax.set(xticks=[], yticks=[])
     ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
