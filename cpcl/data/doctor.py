@@ -142,7 +142,7 @@ def _table(name, figures, sizes):
         counts = [_number(x) for x in (f.people, f.images, f.captions)]
         rows.append((s, *counts, _three(f.per_image), _number(f.long), _number(f.repeated), *size))
         if published := SPLITS_PUBLISHED.get(name, {}).get(s):
-            rows.append(("published", *map(number, published.values()), *[""] * 5))
+            rows.append(("published", *map(_number, published.values()), *[""] * 5))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for first, *others in rows:
