@@ -1,4 +1,7 @@
-"Labels equal to the published dense recipe's: stage by stage on drawn features of awkward kinds, and end to end on clustered sets of 8,000 and 16,000 rows."
+"""Labels equal to the published dense recipe's.
+
+Stage by stage on random features of awkward kinds, and end to end on clustered sets of 8,000 and 16,000 rows.
+"""
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ RADII = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def people(n, d=64, noise=0.75, seed=0):
-    "2 to 5 rows a person, shuffled."
+    "2 to 5 rows per person, shuffled."
     rng = np.random.default_rng(seed)
     who = np.repeat(np.arange(n), rng.integers(2, 6, n))[:n]
     rng.shuffle(who)
@@ -80,6 +83,6 @@ def test_end_to_end_on_clustered_sets(n):
     within = int((np.abs(J - 0.6) < 1e-6).sum())
     want = oracle(J, 0.6, 4)
     del J
-    assert within == 0, "no distance may lie so close to eps that rounding decides"
+    assert within == 0, "no distance may be so close to eps that rounding decides"
     assert want.max() > n / 20 and 0.05 < np.mean(want < 0) < 0.4
     assert np.array_equal(pseudo_labels(x), want)

@@ -1,4 +1,4 @@
-"From files on disk to result.json, through the command line, on every kind of data set; once at the paper's size."
+"From files on disk to result.json through the command line, on every kind of data set."
 
 import json, shutil
 

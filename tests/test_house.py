@@ -130,7 +130,7 @@ def test_public_api():
 
 
 def test_import_is_light():
-    "`import cpcl` and its packages bring in no torch; the configuration brings in neither faiss nor open_clip."
+    "`import cpcl` and its packages bring in no torch, the configuration neither faiss nor open_clip."
     doors = ", ".join(PACKAGES)
     code = f"""
 import sys, {doors}
@@ -193,3 +193,54 @@ def test_links_lead_somewhere(path):
         assert (path.parent / link).exists(), link
     for name in NAMED.findall(text):
         assert (ROOT / "nbs" / f"{name.removeprefix('nbs/')}.ipynb").is_file(), name
+
+
+PERSON = {"person", "load_person"}
+MAY_NAME_PEOPLE = {  # folder, or folder.module: why true identities may be named there
+    "data": "reads them from the annotation and hands them out by a function of its own",
+    "synth": "draws them",
+    "eval": "compares results and labels with them",
+    "train.runs": "wraps them into calls, so that `fit` never holds them, and scores a split",
+    "lab": "shows which results are right, in the demo and when a tiny CLIP is probed",
+    "cli": "scores a split",
+}
+MAY_SAY_PERSON = MAY_NAME_PEOPLE | {  # only as a string
+    "train": "the source of labels that the `supervised` preset asks for is called 'person'",
+}
+
+
+def person_in(code):
+    "The names and the strings `person` and `load_person` in a module. Comments and docstrings do not count."
+    names, strings = set(), set()
+    for node in ast.walk(ast.parse(code)):
+        for field in ("id", "attr", "arg", "name", "asname"):
+            names.add(getattr(node, field, None))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            strings.add(node.value)
+    return names & PERSON, strings & PERSON
+
+
+def test_person_in():
+    assert person_in('"""A person."""\nx = 1  # person\ny = "a person walks"') == (set(), set())
+    for code in (
+        "person = 1",
+        "a.person",
+        "def f(person): 0",
+        "f(person=1)",
+        "from a import load_person as b",
+        "f'{person}'",
+    ):
+        assert person_in(code)[0], code
+    assert person_in('x["person"]') == (set(), {"person"})
+
+
+def test_true_identities_stay_in_their_rooms():
+    "Labels meet people in cpcl/eval/label_quality: no module that makes or uses labels names people."
+    for path in exported(ROOT):
+        parts = path.relative_to(ROOT / "cpcl").with_suffix("").parts
+        rooms = {parts[0], ".".join(parts[:2])}
+        names, strings = person_in(path.read_text(encoding="utf8"))
+        assert not names or rooms & set(MAY_NAME_PEOPLE), f"{path.relative_to(ROOT)} names {names}"
+        assert not strings or rooms & set(MAY_SAY_PERSON), f"{path.relative_to(ROOT)} says {strings}"
+    labels_only = {"cluster", "oplm", "pmm", "losses", "hcm"}
+    assert not labels_only & {room.split(".")[0] for room in MAY_SAY_PERSON}

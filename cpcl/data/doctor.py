@@ -130,19 +130,19 @@ _HEAD = ("split", "people", "images", "captions", "per image", "over 77", "repea
 def _table(name, figures, sizes):
     "Lines of a table: each split, the published counts below it."
 
-    def number(x):
+    def _number(x):
         return "-" if x is None else f"{x:,}"
 
-    def three(t):
+    def _three(t):
         return "/".join(f"{x:.3g}" for x in t)
 
     rows = [_HEAD]
     for s, f in figures.items():
-        size = [three(t) for t in sizes[s]] if s in sizes else ["-", "-"]
-        counts = [number(x) for x in (f.people, f.images, f.captions)]
-        rows.append((s, *counts, three(f.per_image), number(f.long), number(f.repeated), *size))
+        size = [_three(t) for t in sizes[s]] if s in sizes else ["-", "-"]
+        counts = [_number(x) for x in (f.people, f.images, f.captions)]
+        rows.append((s, *counts, _three(f.per_image), _number(f.long), _number(f.repeated), *size))
         if published := SPLITS_PUBLISHED.get(name, {}).get(s):
-            rows.append(("published", *map(number, published.values()), *[""] * 5))
+            rows.append(("published", *map(_number, published.values()), *[""] * 5))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for first, *others in rows:

@@ -128,8 +128,8 @@ class Encoder(nn.Module):
 
         self.model, self.image_size = model, tuple(image_size)
         cfg = architecture(model, self.image_size)
-        custom = cfg.pop("custom_text", False)
-        self.clip = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**cfg)
+        kind = open_clip.CustomTextCLIP if cfg.pop("custom_text", False) else open_clip.CLIP
+        self.clip = kind(**cfg)
         self.clip.logit_scale.requires_grad_(False)  # the losses have their own temperatures
         self.grid = tuple(side // cfg["vision_cfg"]["patch_size"] for side in self.image_size)
         self.width, self.context_length = cfg["embed_dim"], self.clip.context_length
@@ -162,14 +162,10 @@ class Encoder(nn.Module):
         x = clip.token_embedding(tokens) + clip.positional_embedding[:n]
         x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:n, :n]))
         x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]
-        project = clip.text_projection
-        return project(x) if isinstance(project, nn.Linear) else x @ project
+        p = clip.text_projection
+        return p(x) if isinstance(p, nn.Linear) else x @ p
 
-    def forward(
-        self,
-        image: torch.Tensor,  # as for `encode_image`
-        tokens: torch.Tensor,  # as for `encode_text`
-    ) -> tuple:  # unit rows `[B, D]` of both
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple:  # unit rows of both
         "Both towers in one call, so that one call wraps the model for several processes."
         return self.encode_image(image), self.encode_text(tokens)
 

@@ -64,10 +64,10 @@ def save_encoder(
     "Write both towers and the header that describes them (safetensors)."
     from safetensors.torch import save_file
 
-    def stored(x):
+    def _stored(x):
         return (x.half() if half and x.is_floating_point() else x).detach().cpu().contiguous()
 
-    state = {name: stored(x) for name, x in encoder.clip.state_dict().items()}
+    state = {name: _stored(x) for name, x in encoder.clip.state_dict().items()}
     header = Header(encoder.model, encoder.image_size, encoder.grid, info)
     with atomic_path(path) as part:
         save_file(state, part, metadata={"cpcl": json.dumps(header.as_dict())})
@@ -152,10 +152,10 @@ def check_fit(
 ):
     "Check that a file and a model hold the same names and shapes. Raises UserError if they do not."
 
-    def fits(name):
+    def _fits(name):
         return name in wanted and name in state and wanted[name].shape == state[name].shape
 
-    wrong = sorted(name for name in wanted.keys() | state.keys() if not fits(name))
+    wrong = sorted(name for name in wanted.keys() | state.keys() if not _fits(name))
     if wrong:
         what = f"{len(wrong)} tensors missing, left over or of another shape"
         raise UserError(f"{path} does not fit {model}: {what}, e.g. {', '.join(wrong[:3])}")

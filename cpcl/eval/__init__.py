@@ -4,7 +4,8 @@ from .._front_door import front_door
 
 __getattr__, __dir__, __all__ = front_door(
     __name__,
-    scores="METRICS QueryScores Scores evaluate score_matrix rerank",
+    scores="METRICS QueryScores Scores evaluate score_matrix",
     label_quality="LabelQuality MiningReport mining_report quality_of",
     intervals="bootstrap_interval paired_bootstrap",
+    reranking="rerank",
 )

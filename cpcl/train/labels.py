@@ -7,7 +7,7 @@ __all__ = ['Features', 'Labels', 'LabelReport', 'label_report', 'fuse_pairs', 'L
            'true_labels', 'as_labels']
 
 # %% ../../nbs/80_train/01_labels.ipynb #5f0b0b52
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -59,12 +59,12 @@ def label_report(
 ) -> LabelReport:
     "How many clusters, and what share of outliers before and after mining."
 
-    def outliers(y):
+    def _outliers(y):
         return float((y < 0).mean())
 
     clusters = [int(y.max(initial=-1)) + 1 for y in (labels.img, labels.txt)]
-    before = [outliers(y) for y in labels.before]
-    return LabelReport(*clusters, *before, outliers(labels.img), outliers(labels.txt))
+    before = [_outliers(y) for y in labels.before]
+    return LabelReport(*clusters, *before, _outliers(labels.img), _outliers(labels.txt))
 
 # %% ../../nbs/80_train/01_labels.ipynb #95a180d8
 def fuse_pairs(
@@ -81,10 +81,10 @@ def fuse_pairs(
     length = np.linalg.norm(said, axis=1, keepdims=True)
     said /= np.where(length > 0, length, 1)
 
-    def join(v, t):
+    def _join(v, t):
         return unit(np.hstack([(1 - share) ** 0.5 * v, share**0.5 * t]).astype(np.float32))
 
-    return join(img, said), join(img[image_of], txt)
+    return _join(img, said), _join(img[image_of], txt)
 
 # %% ../../nbs/80_train/01_labels.ipynb #3dc00a14
 @dataclass(frozen=True)
@@ -144,20 +144,20 @@ def epoch_labels(
 def _clusters(features, cfg, log):
     "(labels_img, labels_txt) of the clustering alone."
 
-    def on_device(x):
+    def _on_device(x):
         on_cpu = features.device is None or features.device.type == "cpu"
         return x if on_cpu else torch.as_tensor(x, device=features.device)
 
-    def report(name):
+    def _report(name):
         return log and (lambda r: log(f"  {name}: {r}"))
 
     img, txt, image_of = features.img, features.txt, features.image_of
     if cfg.fuse:
         img, txt = fuse_pairs(img, txt, image_of, cfg.fuse)
-    labels_img = cluster_images(on_device(img), image_of, cfg.image, cfg.unit, log=report("images"))
+    labels_img = cluster_images(_on_device(img), image_of, cfg.image, cfg.unit, log=_report("images"))
     if cfg.source == "image":
         return labels_img, labels_img[image_of]
-    return labels_img, pseudo_labels(on_device(txt), **vars(cfg.caption), log=report("captions"))
+    return labels_img, pseudo_labels(_on_device(txt), **vars(cfg.caption), log=_report("captions"))
 
 # %% ../../nbs/80_train/01_labels.ipynb #64a750ba
 def true_labels(

@@ -16,9 +16,10 @@ from ..encoder.towers import EncoderConfig
 from ..encoder.extract import features
 from ..eval.label_quality import quality_of
 from ..eval.scores import evaluate
+from ..hcm import hcm_loss
 from .checkpoint import load_run, write_json
 from .config import make_config
-from .labels import check_rows
+from .labels import check_rows, epoch_labels
 from .loop import fit
 from .processes import once, shared_features, start_processes
 
@@ -32,13 +33,13 @@ def score_split(
 ):  # QueryScores: a result per query; `.mean()` gives Scores
     "Encode a split and rank it, each query once. People are used if the annotation has them."
 
-    def rank(img, txt):
+    def _rank(img, txt):
         return evaluate(img, txt, split.image_of, load_person(split), direction=direction)
 
     if not together:
-        return rank(*features(encoder, split, cache=cache))
+        return _rank(*features(encoder, split, cache=cache))
     img, txt = shared_features(encoder, split, cache=cache)
-    return once(lambda: rank(img, txt))
+    return once(lambda: _rank(img, txt))
 
 
 def identity_calls(
@@ -58,11 +59,11 @@ def score_run(
 ) -> dict:  # {"last": {...}, "best": {...}}, scores in percent
     "Scores of a run's last and best encoder, rounded to four digits."
 
-    def rounded(scores):
+    def _rounded(scores):
         return {k: round(v, 4) if isinstance(v, float) else v for k, v in scores.mean().as_dict().items()}
 
     encoders = {which: load_run(run, which).to(default_device()) for which in ("last", "best")}
-    return {which: rounded(score_split(encoder, split, cache)) for which, encoder in encoders.items()}
+    return {which: _rounded(score_split(encoder, split, cache)) for which, encoder in encoders.items()}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def train_run(
     workers: int = 0,  # loader processes
     cache: bool = True,  # keep decoded images in memory
     log=print,  # receives the lines
-    **hooks,  # `loss` and `labels` of `fit`, as functions or names
+    loss=hcm_loss,  # of `fit`: a function, or its name
+    labels=epoch_labels,  # of `fit`: a function, or its name
 ) -> RunResult | None:  # None in processes other than the first
     "Train a preset on a data set and evaluate it. Raises UserError before training for bad input."
     name = name or detect(root)
@@ -104,7 +106,7 @@ def train_run(
     size = cfg.encoder.image_size
     caches = {s: PixelCache(split, size, cache=cache) for s, split in (held_out | {"train": train}).items()}
 
-    def validate(encoder):
+    def _validate(encoder):
         mean = score_split(encoder, held_out["val"], caches["val"], together=True).mean()
         return {"val_R1": mean.R1, "val_mAP": mean.mAP}
 
@@ -113,8 +115,8 @@ def train_run(
     first = start_processes(cfg.optim.precision, cfg.optim.deterministic)[0].is_main_process
     if first:
         _read_images(caches.values())
-    held = validate if "val" in held_out else None
-    fit(cfg, train, run, held, quality, truth, resume, caches["train"], workers, log, **hooks)
+    held = _validate if "val" in held_out else None
+    fit(cfg, train, run, held, quality, truth, resume, caches["train"], workers, log, loss, labels)
     if not first:
         return None
     split = "test" if "test" in held_out else "train"
@@ -124,7 +126,7 @@ def train_run(
     write_json(Path(run) / "result.json", result.as_dict())
     return result
 
-
+# %% ../../nbs/80_train/04_runs.ipynb #ee34486c
 def _check(cfg, train, truth, root):
     "What can be known to fail before an image is read."
     check_rows(cfg.labels, len(train.images), len(train.captions))
