@@ -698,13 +698,13 @@ BAD = {
         Case(
             "cut in the middle",
             TRAIN + " --pretrained {tmp}/run/last.safetensors",
-            ("last.safetensors", "not a whole safetensors file"),
+            ("last.safetensors", "not a complete safetensors file"),
             half_weights,
         ),
         Case(
             "an empty file",
             TRAIN + " --pretrained {tmp}/x.safetensors",
-            ("x.safetensors", "not a whole safetensors file"),
+            ("x.safetensors", "not a complete safetensors file"),
             put("x.safetensors", b""),
         ),
         Case(
@@ -728,7 +728,7 @@ BAD = {
         Case(
             "a pickle named like safetensors",
             TRAIN + " --pretrained {tmp}/evil.safetensors",
-            ("evil.safetensors", "not a whole safetensors file"),
+            ("evil.safetensors", "not a complete safetensors file"),
             evil_safetensors,
         ),
         Case(
@@ -757,19 +757,19 @@ BAD = {
         Case(
             "scored: cut in the middle",
             "eval {tmp}/run --root {set}",
-            ("last.safetensors", "not a whole safetensors file"),
+            ("last.safetensors", "not a complete safetensors file"),
             half_weights,
         ),
         Case(
             "scored: a pickle with code in it",
             "eval {tmp}/run --root {set}",
-            ("last.safetensors", "not a whole safetensors file"),
+            ("last.safetensors", "not a complete safetensors file"),
             lambda tmp: (evil_pickle(tmp), (tmp / "evil.pth").replace(tmp / "run" / "last.safetensors")),
         ),
         Case(
             "exported: cut in the middle",
             "export {tmp}/run --out {tmp}/out",
-            ("last.safetensors", "not a whole safetensors file"),
+            ("last.safetensors", "not a complete safetensors file"),
             half_weights,
         ),
         Case(
@@ -821,12 +821,12 @@ BAD = {
             ("no config.json", "run"),
             at("run/config.json", gone),
         ),
-        Case("a file", "eval {set}/reid_raw.json --root {set}", ("reid_raw.json", "it is no run")),
-        Case("a folder that does not exist", "eval {tmp}/nowhere --root {set}", ("nowhere", "it is no run")),
+        Case("a file", "eval {set}/reid_raw.json --root {set}", ("reid_raw.json", "not a run folder")),
+        Case("a folder that does not exist", "eval {tmp}/nowhere --root {set}", ("nowhere", "not a run folder")),
         Case(
             "no finished epoch",
             "eval {tmp}/run --root {set}",
-            ("no last.safetensors", "not finished an epoch"),
+            ("no last.safetensors", "no epoch is complete"),
             at("run/last.safetensors", gone),
         ),
         Case(
@@ -844,7 +844,7 @@ BAD = {
         Case(
             "exported: a folder that does not exist",
             "export {tmp}/nowhere --out {tmp}/out",
-            ("nowhere", "it is no run"),
+            ("nowhere", "not a run folder"),
         ),
         Case(
             "exported: below a file",
@@ -860,7 +860,7 @@ BAD = {
         Case(
             "started in a folder with other files",
             TRAIN.replace("{tmp}/out", "{tmp}/full"),
-            ("not empty and no run", "--out"),
+            ("not empty and not a run", "--out"),
             put("full/thesis.tex", "five years"),
         ),
         Case(
@@ -869,13 +869,13 @@ BAD = {
         Case(
             "started below a file",
             TRAIN.replace("{tmp}/out", "{tmp}/file/out"),
-            ("file", "place"),
+            ("file", "choose another path"),
             put("file", "x"),
         ),
         Case(
             "started where writing is not allowed",
             TRAIN.replace("{tmp}/out", LOCKED),
-            (LOCKED.replace("{tmp}", ""), "place"),
+            (LOCKED.replace("{tmp}", ""), "choose another path"),
             locked,
         ),
         Case(
@@ -959,7 +959,7 @@ BAD = {
             ("rows-", "missing or damaged", "build the index again"),
             at("index", lambda p: next(p.glob("rows-*")).unlink()),
         ),
-        Case("its run moved", "search {index} woman --run {tmp}/nowhere", ("nowhere", "no run", "--run")),
+        Case("its run moved", "search {index} woman --run {tmp}/nowhere", ("nowhere", "not a run folder", "--run")),
         Case(
             "its run trained again",
             "search {index} woman --run {tmp}/run",
@@ -990,7 +990,7 @@ BAD = {
         Case(
             "built with no run",
             "index {set}/imgs --run {tmp}/nowhere --out {tmp}/out",
-            ("nowhere", "it is no run"),
+            ("nowhere", "not a run folder"),
         ),
         Case(
             "built with a table that does not exist",
@@ -1027,7 +1027,7 @@ BAD = {
         Case(
             "built below a file",
             "index {tmp}/crops --run {run} --out {tmp}/file/out",
-            ("file", "place"),
+            ("file", "choose another path"),
             lambda tmp: (
                 put("file", "x")(tmp),
                 (tmp / "crops").mkdir(),
