@@ -93,24 +93,6 @@ def test_titles_and_promises(pages):
         assert title.strip() in "".join(pages[page].text), f"{page} lacks its title"
 
 
-def named_notebooks(text):
-    "The notebooks that a text names by their path in inline code, without nbs/ and .ipynb."
-    named = re.findall(r"`(?:nbs/)?((?:\w+/)?\d\d_\w+|tutorials/\w+)(?:\.ipynb)?`", text)
-    return {name for name in named if "/" in name or (ROOT / "nbs" / f"{name}.ipynb").exists()}
-
-
-def test_named_notebooks_exist():
-    "Notebooks move; texts that name them by path follow."
-    texts = {name: (ROOT / name).read_text(encoding="utf8") for name in ("README.md", "CONTRIBUTING.md")}
-    for notebook in NOTEBOOKS:
-        cells = json.loads(notebook.read_text(encoding="utf8"))["cells"]
-        prose = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
-        texts[notebook.relative_to(ROOT).as_posix()] = "\n".join(prose)
-    names = {page.removesuffix(".html") for page in PAGES}
-    lost = {source: sorted(named_notebooks(text) - names) for source, text in texts.items()}
-    assert not {source: missing for source, missing in lost.items() if missing}
-
-
 def test_links_lead_somewhere(site, pages):
     dead = []
     for name, page in pages.items():
