@@ -37,7 +37,7 @@ def pytest_sessionfinish(session):
     if not (file := os.environ.get("CPCL_RECORD")) or not (kept := session.config.stash.get(KEPT, {})):
         return
     from cpcl.train.checkpoint import write_json
-    from cpcl.train.loop import environment
+    from cpcl.train.environment import environment
 
     told = {k: v for k, v in environment().items() if k != "command"}
     old = json.loads(Path(file).read_text(encoding="utf8")) if Path(file).is_file() else {}

@@ -26,7 +26,7 @@ from ..eval.scores import score_queries
 from ..data.batches import CLIP_MEAN, CLIP_STD, tokenize
 from ..losses import itc
 from ..synth.dataset import SynthWorld
-from ..train.loop import environment
+from ..train.environment import environment
 
 # %% ../../nbs/lab/00_pretrain.ipynb #9714115c
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from ..train.labels import LabelConfig
 from ..oplm import OPLMConfig
 from ..eval.intervals import paired_bootstrap
 from ..synth.dataset import SynthWorld, checksum, write_synth
-from ..train.loop import environment, load_run, score_split, train_run
+from ..train.environment import environment
+from ..train.loop import load_run, score_split, train_run
 
 # %% ../../nbs/lab/01_records.ipynb #73c81781
 @dataclass(frozen=True)
