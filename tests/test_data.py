@@ -404,7 +404,7 @@ def test_every_layout_reads_the_same_facts(tmp_path):
 
 def test_the_bench_set_is_frozen():
     "Captions, attributes and pixels of synth-1k, on which records rest; who changes them raises SYNTH_VERSION and runs everything again."
-    from cpcl.lab.records import BENCH
+    from cpcl.lab.grid import BENCH
     from cpcl.synth.dataset import SYNTH_VERSION, SynthWorld, checksum
 
     assert (SYNTH_VERSION, BENCH) == (

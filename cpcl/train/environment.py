@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['processor_name', 'device_name', 'own_commit', 'environment']
 
-# %% ../../nbs/80_train/09_environment.ipynb #b57bf32c
+# %% ../../nbs/80_train/09_environment.ipynb #ba3eb497
 import os, platform, subprocess, sys
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 
 import cpcl
 
-# %% ../../nbs/80_train/09_environment.ipynb #41dfc3b4
+# %% ../../nbs/80_train/09_environment.ipynb #3e398128
 def processor_name() -> str:  # e.g. "AMD EPYC"; the architecture if the system does not tell
     "The name of this machine's processor."
     if Path("/proc/cpuinfo").is_file():
@@ -26,7 +26,7 @@ def processor_name() -> str:  # e.g. "AMD EPYC"; the architecture if the system 
 
 
 def _output(*command, cwd=None):
-    "What a command prints, without the line's end; empty if it fails or does not exist."
+    "What a command prints, without the line's end, empty if it fails or does not exist."
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # a git hook sets GIT_DIR
     try:
         run = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=10)
@@ -34,7 +34,7 @@ def _output(*command, cwd=None):
         return ""
     return run.stdout.strip() if run.returncode == 0 else ""
 
-# %% ../../nbs/80_train/09_environment.ipynb #be390335
+# %% ../../nbs/80_train/09_environment.ipynb #3af9465a
 def device_name() -> str:  # e.g. "NVIDIA H100 80GB HBM3", "MPS Apple M2", "CPU AMD EPYC"
     "The device that a training on this machine uses, known before it starts."
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
@@ -43,7 +43,7 @@ def device_name() -> str:  # e.g. "NVIDIA H100 80GB HBM3", "MPS Apple M2", "CPU 
     mps = torch.backends.mps.is_available() and not forced
     return f"{'MPS' if mps else 'CPU'} {processor_name()}"
 
-# %% ../../nbs/80_train/09_environment.ipynb #d24b782b
+# %% ../../nbs/80_train/09_environment.ipynb #9593ee83
 def own_commit(
     package=None,  # folder of the package; the imported one if not given
 ) -> str:  # e.g. "v0.1-3-g1a2b3c4-dirty"; empty if the package is not in a checkout of cpcl
@@ -57,7 +57,7 @@ def own_commit(
         return ""
     return _output("git", "describe", "--always", "--dirty", cwd=root)
 
-# %% ../../nbs/80_train/09_environment.ipynb #13755c8b
+# %% ../../nbs/80_train/09_environment.ipynb #3d5bc5e7
 def environment() -> dict:  # plain JSON values: versions, device, threads, commit, command
     "What a run is made with."
     import open_clip, PIL
