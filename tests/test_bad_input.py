@@ -822,7 +822,9 @@ BAD = {
             at("run/config.json", gone),
         ),
         Case("a file", "eval {set}/reid_raw.json --root {set}", ("reid_raw.json", "not a run folder")),
-        Case("a folder that does not exist", "eval {tmp}/nowhere --root {set}", ("nowhere", "not a run folder")),
+        Case(
+            "a folder that does not exist", "eval {tmp}/nowhere --root {set}", ("nowhere", "not a run folder")
+        ),
         Case(
             "no finished epoch",
             "eval {tmp}/run --root {set}",
@@ -959,7 +961,11 @@ BAD = {
             ("rows-", "missing or damaged", "build the index again"),
             at("index", lambda p: next(p.glob("rows-*")).unlink()),
         ),
-        Case("its run moved", "search {index} woman --run {tmp}/nowhere", ("nowhere", "not a run folder", "--run")),
+        Case(
+            "its run moved",
+            "search {index} woman --run {tmp}/nowhere",
+            ("nowhere", "not a run folder", "--run"),
+        ),
         Case(
             "its run trained again",
             "search {index} woman --run {tmp}/run",

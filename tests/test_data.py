@@ -369,7 +369,7 @@ def test_every_layout_reads_the_same_facts(name, key, first, tmp_path):
 
 def test_the_bench_set_is_frozen():
     "Records depend on captions, attributes and pixels of synth-1k: a change needs a new SYNTH_VERSION."
-    from cpcl.lab.records import BENCH
+    from cpcl.lab.grid import BENCH
     from cpcl.synth.dataset import SYNTH_VERSION, SynthWorld, checksum
 
     assert SYNTH_VERSION == 1

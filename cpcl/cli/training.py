@@ -231,7 +231,7 @@ class Ablate:
 
     def run(self) -> int:  # exit status
         "Run the notebook with CPCL_RUN=1."
-        from cpcl.lab.records import run_notebook
+        from cpcl.lab.notebooks import run_notebook
 
         print(f"wrote {run_notebook(self.notebook)}")
         return 0

@@ -4,10 +4,12 @@ from .._front_door import front_door
 
 __getattr__, __dir__, __all__ = front_door(
     __name__,
-    records=(
-        "Spec run_missing bench_set seed_table mean_table val_table seed_plot difference against "
-        "gap_closed"
+    records="Spec Record read_records by_device",
+    grid="run_missing bench_set",
+    tables=(
+        "seed_table mean_table val_table val_spread device_tables seed_plot difference against gap_closed"
     ),
+    notebooks="run_notebook measured",
     demo="sample_set ranked_picture",
     pretrain="PretrainConfig",
 )
