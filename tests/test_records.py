@@ -1,6 +1,6 @@
 "Records answer for the code: a changed loss makes them stale, another way of writing the same code does not."
 
-import ast, inspect, json, os, shutil
+import ast, importlib, inspect, json, os, shutil
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +18,7 @@ from cpcl.train.config import config_from
 from readme import ROOT
 
 RECORDS = sorted((ROOT / "nbs" / "ablations" / "records").glob("*.json"))
+NOTEBOOKS = sorted(p for d in ("ablations", "benchmarks") for p in (ROOT / "nbs" / d).glob("*.ipynb"))
 PRESETS = ("clip", "cluster-contrast", "cpcl", "supervised")
 TODAY = read_modules()
 
@@ -133,3 +134,15 @@ def test_one_job_gives_the_numbers_of_two(tmp_path):
     assert default.history == named.history == alone.history
     assert default.queries == named.queries == alone.queries
     assert ("cpcl.hcm:hcm_loss" in named.code) == takes_a_loss
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_notebooks_import_what_there_is(file):
+    "Ablations and benchmarks, which no test runs, import names of the package that exist."
+    cells = [c for c in json.loads(file.read_text(encoding="utf8"))["cells"] if c["cell_type"] == "code"]
+    sources = ["".join(line for line in c["source"] if not line.startswith("%")) for c in cells]
+    for node in ast.walk(ast.parse("\n".join(sources))):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "cpcl":
+            module = importlib.import_module(node.module)
+            missing = [a.name for a in node.names if not hasattr(module, a.name)]
+            assert not missing, f"{file.name} imports {', '.join(missing)} from {node.module}"
