@@ -12,6 +12,7 @@ from pathlib import Path
 from ..core import UserError, atomic_path
 from .code import read_modules, run_code
 from ..train.config import TrainConfig, config_from
+from ..train.environment import own_commit
 
 # %% ../../nbs/lab/07_carry.ipynb #091a6480
 RENAMED = {"labels.mates": "labels.captions_per_cluster"}  # a setting's old name -> its new one
@@ -79,13 +80,14 @@ def stamp(
     file,  # records, one a line; rewritten
 ) -> int:  # how many records were stamped
     "Give carried records the fingerprints of today's code. Raises UserError for unknown settings."
-    file, modules, count = Path(file), read_modules(), 0
+    file, modules, commit, count = Path(file), read_modules(), own_commit(), 0
     lines = []
     for line in file.read_text(encoding="utf8").splitlines():
         record = carry_over(json.loads(line))
         if "carried" in record:
             spec = record["spec"]
             hooks = spec.get("loss", ""), spec.get("labels", "")
+            record["carried"] |= {"stamped": commit}
             record["code"] = run_code(config_from(record["config"]), *hooks, modules)
             count += 1
         lines.append(json.dumps(record) + "\n")

@@ -12,15 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..train.config import make_config
 from ..core import UserError, repo_root
-from ..data.read import Split, load_person, load_split
-from ..data.images import read_image
-from ..encoder.weights import load_encoder
-from ..encoder.extract import features
+from ..data import Split, load_person, load_split, read_image
+from ..encoder import features, load_encoder
+from ..eval.scores import METRICS
 from ..synth.dataset import write_synth
-from ..train.checkpoint import load_run
-from ..train.runs import score_split, train_run
+from ..train import load_run, make_config, score_split, train_run
 from ..viz import ranked_lists
 
 # %% ../../nbs/lab/03_demo.ipynb #6dfa9c2b
@@ -30,10 +27,11 @@ MINI = dict(people=450, seed=20, layout="cuhk-pedes", splits=(300, 50, 100))
 def sample_set(
     root=None,  # folder; `data/mini` of the checkout if not given
 ) -> Path:  # the folder, with the sample set in it
-    "Reuse or write the sample set of drawn pedestrians (ours)."
+    "The sample set of drawn pedestrians, written if it is not there. Raises UserError outside a checkout."
     if root is None and repo_root() is None:
         raise UserError(
-            "the sample set lies in a checkout of cpcl, and there is none here: run `cpcl synth OUT` and give --root OUT, with --pretrained FILE for the weights"
+            "the sample set is in a checkout of cpcl, and there is none here: run `cpcl synth OUT` and give "
+            "--root OUT, with --pretrained FILE for the weights"
         )
     root = Path(root) if root else repo_root() / "data" / "mini"
     return root if (root / "reid_raw.json").is_file() else write_synth(root, **MINI)
@@ -41,11 +39,11 @@ def sample_set(
 # %% ../../nbs/lab/03_demo.ipynb #12da20a6
 def ranked_picture(
     encoder,  # the encoder to show
-    split: Split,  # its captions ask, its images answer
+    split: Split,  # its captions are the queries, its images the gallery
     rows: int = 6,  # sentences
-    k: int = 8,  # images a sentence
-):  # matplotlib axes, one row of images a sentence
-    "The best images for evenly chosen sentences of a split (paper figure 5's kind)."
+    k: int = 8,  # images per sentence
+):  # matplotlib axes, one row of images per sentence
+    "The best images for evenly chosen sentences of a split."
     img, txt = features(encoder, split)
     person = load_person(split)
     person = np.arange(len(split.images)) if person is None else person
@@ -60,38 +58,31 @@ def demo(
     out=None,  # folder of the runs; `runs/demo` of the checkout if not given; an older demo there is replaced
     root=None,  # the sample set
     changes: dict = None,  # settings, as `override` takes them
-    say=print,  # where lines go
-) -> pd.DataFrame:  # a row a method: R1 R5 R10 mAP mINP, seconds
-    "Train `clip` and `cpcl` on the sample set and compare them with the tiny CLIP as it is (paper's first comparison)."
+    log=print,  # receives lines
+) -> pd.DataFrame:  # one row per method: R1 R5 R10 mAP mINP, seconds
+    "Train `clip` and `cpcl` on the sample set and compare them with the tiny CLIP as it is."
     mini = sample_set(root)
     out = Path(out) if out else repo_root() / "runs" / "demo"
     cfg = make_config(changes=changes)
     test = load_split(mini, split="test")
     if (out / "table.json").is_file() or (out / "clip" / "config.json").is_file():
         shutil.rmtree(out)
-    rows, start = {}, time.perf_counter()
 
-    def _row(name, scores):
-        rows[name] = {k: scores[k] for k in ("R1", "R5", "R10", "mAP", "mINP")} | {
-            "seconds": round(time.perf_counter() - start)
-        }
+    def row(start, scores):
+        return {k: scores[k] for k in METRICS} | {"seconds": round(time.perf_counter() - start)}
 
-    _row("tiny CLIP as it is", score_split(load_encoder(cfg.encoder), test).mean().as_dict())
-    for preset in ("clip", "cpcl"):
+    start = time.perf_counter()
+    untrained = score_split(load_encoder(cfg.encoder), test).mean().as_dict()
+    rows = {"tiny CLIP as it is": row(start, untrained)}
+    for name, preset in {"clip, fine-tuned on pairs": "clip", "cpcl": "cpcl"}.items():
         start = time.perf_counter()
-        say(f"\n{preset}: training on {mini.name}, {cfg.optim.epochs} epochs")
-        _row(
-            {"clip": "clip, fine-tuned on pairs", "cpcl": "cpcl"}[preset],
-            train_run(mini, out / preset, preset=preset, changes=changes, say=say)["last"],
-        )
+        log(f"\n{preset}: training on {mini.name}, {cfg.optim.epochs} epochs")
+        result = train_run(mini, out / preset, preset=preset, changes=changes, log=log)
+        rows[name] = row(start, result.last)
     table = pd.DataFrame(rows).T
-    (out / "table.json").write_text(json.dumps(rows, indent=1))
-    axes = ranked_picture(load_run(out / "cpcl"), test)
-    figure = np.ravel(axes)[0].figure
+    (out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf8")
+    figure = np.ravel(ranked_picture(load_run(out / "cpcl"), test))[0].figure
     figure.savefig(out / "ranked_lists.png", bbox_inches="tight", dpi=100)
-    say(
-        "\n"
-        + table.round(1).to_string()
-        + f"\n\nranked lists: {out / 'ranked_lists.png'}\nrun folder:   {out / 'cpcl'}"
-    )
+    log(f"\n{table.round(1).to_string()}\n")
+    log(f"ranked lists: {out / 'ranked_lists.png'}\nrun folder:   {out / 'cpcl'}")
     return table

@@ -73,7 +73,7 @@ def run_one(
     start = time.perf_counter()
     hooks = {name: text for name, text in zip(("loss", "labels"), spec.hooks) if text}
     settings = dict(preset=spec.preset, seed=spec.seed, changes=spec.changes, resume=True)
-    train_run(root, run, say=lambda line: None, **settings, **hooks, **kwargs)
+    train_run(root, run, log=lambda line: None, **settings, **hooks, **kwargs)
     record = make_record(spec, run, root, time.perf_counter() - start, code)
     shutil.rmtree(run)
     return record
@@ -163,13 +163,14 @@ def _stale_line(found, wanted):
         for name in dict.fromkeys(r.name for r in stale)
     )
     modules = sorted({m for r in stale for m in r.changed})
-    commits = sorted({r.commit or "unknown" for r in stale})
+    commits = sorted({r.code_commit for r in stale})
     return f"stale: {rows}: {', '.join(modules)} changed since commit {', '.join(commits)}"
 
 
 def _train_line(lacking, beside, found, device):
     "What is about to be trained, in one line."
-    text = f"training {len(lacking) + len(beside)} runs on {device}"
+    count = len(lacking) + len(beside)
+    text = f"training {count} run{'s' * (count > 1)} on {device}"
     if beside:
         text += f", {len(beside)} of them of the row {beside[0].spec.name}, to compare with"
     others = [d for d in found if d != device]

@@ -73,7 +73,7 @@ class Record:
     memory: int  # bytes at the peak
     environment: dict  # versions, device, commit
     code: dict = None  # module -> fingerprint; None in a record of before code was kept
-    carried: dict = None  # the commit of a record that is carried over
+    carried: dict = None  # of a record that is carried over: the commit that made it, that of the stamp
     changed: tuple = ()  # modules that are different today; found on reading, not kept
 
     @classmethod
@@ -104,9 +104,14 @@ class Record:
         return self.environment["device"]
 
     @property
-    def commit(self):  # empty if unknown
+    def commit(self):  # "unknown" if it was not made in a checkout
         "The commit of cpcl that made it."
-        return self.environment.get("commit", "")
+        return self.environment.get("commit") or "unknown"
+
+    @property
+    def code_commit(self):  # the same, but for a record that was stamped later
+        "The commit of cpcl whose code it answers for."
+        return (self.carried or {}).get("stamped") or self.commit
 
 # %% ../../nbs/lab/01_records.ipynb #88af73f5
 def fingerprint(

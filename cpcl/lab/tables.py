@@ -21,9 +21,8 @@ from .records import by_device, query_scores
 STALE = "†"  # marks a row of stale records
 
 
-def _commits(records):
-    found = sorted({r.commit or "unknown" for r in records})
-    return f"commit{'s' * (len(found) > 1)} {', '.join(found)}"
+def _commits(found):
+    return f"commit{'s' * (len(found) > 1)} {', '.join(sorted(found))}"
 
 
 def stale_note(
@@ -32,7 +31,8 @@ def stale_note(
     "Which modules have changed since the stale ones among some records were made."
     stale = [r for r in records if r.changed]
     modules = ", ".join(sorted({m for r in stale for m in r.changed}))
-    line = f"{STALE} stale: {modules} changed since {_commits(stale)}. CPCL_RUN=1 trains these runs again."
+    commits = _commits({r.code_commit for r in stale})
+    line = f"{STALE} stale: {modules} changed since {commits}. CPCL_RUN=1 trains these runs again."
     return line if stale else ""
 
 
@@ -41,7 +41,9 @@ def records_note(
 ) -> str:  # a line each for what is stale and what is carried over, empty if all are of today's code
     "What the reader of a table must know about its records."
     carried = [r for r in records if r.carried]
-    line = f"Carried over from {_commits(carried)}, which kept no fingerprint of the code."
+    line = (
+        f"Carried over from {_commits({r.commit for r in carried})}, which kept no fingerprint of the code."
+    )
     return "\n".join(filter(None, [stale_note(records), line if carried else ""]))
 
 # %% ../../nbs/lab/02_tables.ipynb #7a7e3245
