@@ -187,7 +187,7 @@ def probe(
     found = dict(style=style, people=people, images=len(img), R1=scores.R1, mAP=scores.mAP)
     for name, f, p in (("img", img, person), ("txt", txt, query)):
         quality = label_quality(pseudo_labels(f, **vars(PROBE_CLUSTERS)), p)
-        found |= {f"{k}_{name}": v for k, v in quality.items()}
+        found |= {f"{k}_{name}": v for k, v in vars(quality).items()}
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
 
 # %% ../../nbs/lab/00_pretrain.ipynb #3b16b4a1
