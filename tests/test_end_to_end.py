@@ -78,7 +78,7 @@ def test_supervised_alone_reads_people(cuhk, tmp_path, monkeypatch):
 
     for preset in ("cpcl", "icpg", "supervised"):
         train(cuhk, tmp_path / preset, "--preset", preset)
-    honest = cpcl.data.read.load_person
+    honest = cpcl.train.runs.load_person
 
     def shuffled(split):
         return np.random.default_rng(0).permutation(honest(split))

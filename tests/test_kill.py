@@ -20,8 +20,8 @@ STAGES = {
     "reading images": ("cpcl.data.images.pixels_of", "before"),
     "encoding images": ("cpcl.encoder.towers.Encoder.encode_image", "after"),
     "encoding captions": ("cpcl.encoder.towers.Encoder.encode_text", "before"),
-    "clustering": ("cpcl.cluster.jaccard.jaccard_graph", "after"),
-    "mining": ("cpcl.oplm.mine", "before"),
+    "clustering": ("cpcl.cluster.labels.jaccard_graph", "after"),
+    "mining": ("cpcl.train.labels.mine", "before"),
     "a step": ("cpcl.train.epoch.encode_batch", "after"),
     "the optimiser": ("torch.optim.Adam.step", "after"),
     "writing a file": ("safetensors.torch.save_file", "half"),
@@ -90,14 +90,14 @@ def _train(words, plan=None, counts=None, after=None):
     if after:  # (part of a line, what to do then)
         import cpcl.train.loop
 
-        honest = cpcl.train.history.epoch_line
+        honest = cpcl.train.loop.epoch_line
 
         def _line(row, epochs):
             if row.epoch == after[0]:
                 after[1](words)
             return honest(row, epochs)
 
-        cpcl.train.history.epoch_line = _line
+        cpcl.train.loop.epoch_line = _line
     code = cpcl.cli.main(["train", *words])
     if counts is not None:
         Path(counts).write_text(json.dumps(seen))

@@ -23,8 +23,8 @@ import cpcl.train.checkpoint, cpcl.train.epoch, cpcl.train.loop, cpcl.train.runs
 torch.set_num_threads(1)
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 notes, calls, steps, written = [], dict(labels=0, evaluated=0), [], []
-walk, encode = cpcl.train.epoch.train_epoch, cpcl.train.epoch.encode_batch
-label, rank_all, keep = cpcl.train.loop._label, cpcl.eval.scores.evaluate, cpcl.train.checkpoint.atomic_path
+walk, encode = cpcl.train.loop.train_epoch, cpcl.train.epoch.encode_batch
+label, rank_all, keep = cpcl.train.loop._label, cpcl.train.runs.evaluate, cpcl.train.checkpoint.atomic_path
 
 def noted_walk(model, optimizer, loader, memories, *args, **kwargs):
     assert args[1].num_processes == world == (torch.distributed.get_world_size() if world > 1 else 1)
@@ -60,8 +60,8 @@ def wrote(path):
 
 as_loss = cpcl.train.epoch.as_loss
 cpcl.train.epoch.encode_batch, cpcl.train.epoch.as_loss = noted_batch, noted_loss
-cpcl.train.epoch.train_epoch, cpcl.train.loop._label = noted_walk, counted("labels", label)
-cpcl.eval.scores.evaluate = counted("evaluated", rank_all)
+cpcl.train.loop.train_epoch, cpcl.train.loop._label = noted_walk, counted("labels", label)
+cpcl.train.runs.evaluate = counted("evaluated", rank_all)
 cpcl.train.checkpoint.atomic_path = wrote
 
 def main(words):
