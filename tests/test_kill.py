@@ -388,7 +388,7 @@ def test_a_torn_file(torn, tmp_path, undisturbed, promise):
         (run / name).write_bytes((run / name).read_bytes()[:-100])
     assert resume(run, undisturbed)
     said = (tmp_path / "resumed").read_text()
-    assert ("no whole training state" in said) == ("state" in torn)
+    assert ("not a complete training state" in said) == ("state" in torn)
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
