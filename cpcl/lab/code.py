@@ -30,30 +30,36 @@ class _Essence(ast.NodeTransformer):
     visit_If = visit_For = visit_While = visit_With = visit_Try = _body
 
     def visit_FunctionDef(self, node):
+        "Without the type it returns."
         node.returns = None
         return self._body(node)
 
     visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_arg(self, node):
+        "Without its annotation."
         node.annotation = None
         return node
 
     def visit_AnnAssign(self, node):
+        "As an assignment without its annotation."
         bare = ast.Assign([node.target], node.value) if node.value else ast.Expr(node.target)
         return self.generic_visit(bare)
 
     def visit_Expr(self, node):
+        "Text that stands alone is dropped."
         words = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         return None if words else self.generic_visit(node)
 
     def visit_Raise(self, node):
+        "Without the literal words of its error."
         self.generic_visit(node)
         if isinstance(node.exc, ast.Call):
             node.exc.args = [a for a in node.exc.args if not _is_text(a)]
         return node
 
     def visit_Import(self, node):
+        "Imports are followed elsewhere."
         return None
 
     visit_ImportFrom = visit_Import

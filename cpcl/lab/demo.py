@@ -68,17 +68,17 @@ def demo(
     if (out / "table.json").is_file() or (out / "clip" / "config.json").is_file():
         shutil.rmtree(out)
 
-    def row(start, scores):
+    def _row(start, scores):
         return {k: scores[k] for k in METRICS} | {"seconds": round(time.perf_counter() - start)}
 
     start = time.perf_counter()
     untrained = score_split(load_encoder(cfg.encoder), test).mean().as_dict()
-    rows = {"tiny CLIP as it is": row(start, untrained)}
+    rows = {"tiny CLIP as it is": _row(start, untrained)}
     for name, preset in {"clip, fine-tuned on pairs": "clip", "cpcl": "cpcl"}.items():
         start = time.perf_counter()
         log(f"\n{preset}: training on {mini.name}, {cfg.optim.epochs} epochs")
         result = train_run(mini, out / preset, preset=preset, changes=changes, log=log)
-        rows[name] = row(start, result.last)
+        rows[name] = _row(start, result.last)
     table = pd.DataFrame(rows).T
     (out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf8")
     figure = np.ravel(ranked_picture(load_run(out / "cpcl"), test))[0].figure

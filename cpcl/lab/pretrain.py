@@ -81,13 +81,13 @@ def relight(
     "Random light, contrast, colour cast, mirror and shift per image (augmentations of CLIP and SimCLR)."
     b = len(image)
 
-    def draw(*shape):
+    def _draw(*shape):
         return strength * (2 * torch.rand(*shape, generator=generator) - 1)
 
     x = image.permute(0, 3, 1, 2).float() / 255
-    x = x * torch.exp(0.25 * draw(b, 1, 1, 1) + 0.12 * draw(b, 3, 1, 1)) + 0.08 * draw(b, 1, 1, 1)
+    x = x * torch.exp(0.25 * _draw(b, 1, 1, 1) + 0.12 * _draw(b, 3, 1, 1)) + 0.08 * _draw(b, 1, 1, 1)
     mean = x.mean((1, 2, 3), keepdim=True)
-    x = (mean + (x - mean) * torch.exp(0.3 * draw(b, 1, 1, 1))).clamp(0, 1)
+    x = (mean + (x - mean) * torch.exp(0.3 * _draw(b, 1, 1, 1))).clamp(0, 1)
     if strength:
         mirror = torch.rand(b, generator=generator) < 0.5
         x[mirror] = x[mirror].flip(3)

@@ -170,7 +170,7 @@ def make_record(
     history = read_history(run)
     queries = dict(first=scores.first, ap=np.round(scores.ap, 4), inp=np.round(scores.inp, 4))
 
-    def tidy(row):
+    def _tidy(row):
         return {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items() if k != "seconds"}
 
     return Record(
@@ -178,7 +178,7 @@ def make_record(
         data=fingerprint(root),
         config=json.loads(json.dumps(config_dict(read_config(run)))),
         result=json.loads((Path(run) / "result.json").read_text(encoding="utf8")),
-        history=[tidy(row) for row in history],
+        history=[_tidy(row) for row in history],
         queries={k: v.tolist() for k, v in queries.items()},
         stages=pd.DataFrame([row["seconds"] for row in history]).sum().round(1).to_dict(),
         seconds=round(seconds, 1),

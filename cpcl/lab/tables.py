@@ -106,10 +106,10 @@ def mean_table(
     groups = seed_table(records, which).groupby("method", sort=False)[list(METRICS)]
     mean, deviation = groups.mean(), groups.std()
 
-    def cell(a, b):
+    def _cell(a, b):
         return f"{a:.2f}" if np.isnan(b) else f"{a:.2f} ± {b:.2f}"
 
-    cells = {m: [cell(a, b) for a, b in zip(mean[m], deviation[m])] for m in METRICS}
+    cells = {m: [_cell(a, b) for a, b in zip(mean[m], deviation[m])] for m in METRICS}
     return noted(pd.DataFrame(cells, index=mean.index), records)
 
 # %% ../../nbs/lab/02_tables.ipynb #6af7d752
