@@ -12,7 +12,7 @@ MODULES = sorted(
     m.name for m in pkgutil.walk_packages(cpcl.__path__, "cpcl.") if not m.name.split(".")[-1].startswith("_")
 )
 PACKAGES = ["cpcl", *(m.name for m in pkgutil.iter_modules(cpcl.__path__, "cpcl.") if m.ispkg)]
-ORDER = "core viz synth data encoder cluster oplm pmm losses hcm eval train hub search lab cli".split()
+ORDER = "core files viz synth data encoder cluster oplm pmm losses hcm eval train hub search lab cli".split()
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
