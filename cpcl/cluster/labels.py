@@ -17,7 +17,7 @@ from .dbscan import dbscan
 from .eps import auto_eps
 from .hdbscan import hdbscan
 from .jaccard import jaccard_graph
-from .knn import knn
+from .knn import array_of, knn
 
 # %% ../../nbs/30_cluster/00_labels.ipynb #dbb1000c
 def _whole(value, name):
@@ -111,9 +111,10 @@ def pseudo_labels(
     "Cluster the rows of one modality (paper: pseudo label generation). Raises UserError."
     cfg, watch, notes = ClusterConfig(k1, k2, eps, min_samples, search, labeller), Stopwatch(), {}
     auto = cfg.eps == "auto"
+    x = array_of(features)
+    on_device = torch.is_tensor(features) and features.device.type != "cpu"
     with watch("neighbours"):
-        neighbours, _ = knn(features, cfg.k1, cfg.search, notes)
-    x = features.detach().cpu().numpy() if torch.is_tensor(features) else np.asarray(features)
+        neighbours, _ = knn(features if on_device else x, cfg.k1, cfg.search, notes)
     with watch("Jaccard"):
         graph = jaccard_graph(neighbours, x, cfg.k1, cfg.k2, LARGEST_EPS if auto else cfg.eps)
     with watch("labels"):

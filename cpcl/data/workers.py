@@ -271,7 +271,9 @@ class Loader(DataLoader):
             if isinstance(e, OSError) and e.errno == errno.ENOSPC:
                 raise UserError(_no_room()) from e
             why = getattr(e, "strerror", None) or e
-            raise UserError(f"cannot start loader processes ({why}): use fewer --workers, or --workers 0") from e
+            raise UserError(
+                f"cannot start loader processes ({why}): use fewer --workers, or --workers 0"
+            ) from e
         _death_matters_to_who_waits()
         return batches
 
