@@ -66,6 +66,8 @@ def has_control_words(
     caption: str,  # a text
 ) -> bool:  # True for "a man <end_of_text>"
     "Whether a caption contains a word that open_clip would take for its start or end token."
+    if caption.isascii() and "_" not in caption and "&" not in caption:
+        return False  # nothing that cleaning could make such a word of, and cleaning is slow
     cleaned = _tokenizer().clean_fn(caption)
     return any(control in cleaned for control in CONTROL_WORDS)
 
