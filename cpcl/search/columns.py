@@ -11,7 +11,7 @@ import datetime, io, re, warnings
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 import numpy as np
 import pandas as pd
