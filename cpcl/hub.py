@@ -6,7 +6,6 @@
 __all__ = ['TAGS', 'Provenance', 'CPCL', 'is_model', 'export_onnx']
 
 # %% ../nbs/hub.ipynb #4ded4cff
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 

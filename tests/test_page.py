@@ -9,7 +9,7 @@ from cpcl.data import load_person, load_split
 from cpcl.encoder import EncoderConfig, load_encoder, save_encoder
 from cpcl.lab import sample_set
 from cpcl.train import make_config
-from cpcl.train.checkpoint import start_run
+from cpcl.train.start import start_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytest.importorskip("gradio", reason="the page needs gradio")
@@ -38,9 +38,8 @@ def served(tmp_path_factory):
     paths = [p.relative_to(crops).as_posix() for p in crops.rglob("*.jpg")]
     cameras = pd.DataFrame({"path": paths, "camera": [p[4] for p in paths]})
     index = Index.build(crops, run, tmp / "idx", cameras, log=lambda line: None)
-    blocks, address = serve(index, port=0, block=False)
-    yield index, address, split
-    blocks.close()
+    with serve(index, port=0, block=False) as page:
+        yield index, page.address, split
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,7 @@ def test_empty_and_over_long_queries_are_answered(tab):
     assert "sentence" in tab.locator("#line").inner_text()
     box = tab.locator("#sentence textarea, #sentence input").first
     box.fill("red " * 2000)
-    assert len(box.input_value()) == 2000  # the box takes no more; search/08_page tests the server with more
+    assert len(box.input_value()) == 2000  # the box takes no more; search/11_page tests the server with more
     ask(tab, "a hat")
     shows(tab, 12)
 
