@@ -20,7 +20,7 @@ import torch
 from ..core import UserError, progress
 from ..data import Split
 from ..data.images import pixels_of, to_tensor
-from ..files import claimed, digest, printable, user_path
+from ..files import claimed, digest, mask_secrets, printable, user_path
 from .columns import few_values, with_columns
 from .gallery import scan_images
 from .manifest import Manifest, is_index, read_manifest
@@ -101,9 +101,8 @@ def _address(store):
     if store and (kind != "milvus" or not uri):
         if "@" in store:
             check_address(f"://{store}")
-        raise UserError(
-            f"a store is milvus:URI, e.g. milvus:http://localhost:19530 or milvus:gallery.db, got {store!r}"
-        )
+        example = "milvus:http://localhost:19530 or milvus:gallery.db"
+        raise UserError(f"a store is milvus:URI, e.g. {example}, got {printable(mask_secrets(store))!r}")
     if not uri or "://" in check_address(uri):
         return uri
     return str(user_path(uri).resolve())
