@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'PIECE', 'MARK', 'LOCK', 'WAIT', 'is_unicode', 'printable', 'user_path', 'short', 'parse_json',
            'read_text', 'expect', 'read_json', 'json_text', 'write_json', 'digest', 'mask_secrets', 'kind_of',
-           'claimed']
+           'check_folder', 'claimed']
 
 # %% ../nbs/01_files.ipynb #0f75cd68
-import contextlib, hashlib, json, math, os, re
+import contextlib, hashlib, json, math, os, re, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -272,13 +272,24 @@ def _check_ours(folder, kind, ours, flag):
     )
 
 
-def _check_not_read(folder, inputs, flag):
-    "Raises UserError if the folder that will be written is one that is read."
+def check_folder(
+    folder,  # where a command will write
+    kind: str,  # as for `claimed`
+    ours=None,  # as for `claimed`
+    inputs=(),  # as for `claimed`
+    flag: str = "--out",  # as for `claimed`
+):
+    "Check that a command may write to a folder, without touching it. Raises UserError if it may not."
+    folder = user_path(folder)
     for path in inputs:
         if path and os.path.realpath(user_path(path)) == os.path.realpath(folder):
             raise UserError(f"{flag} {printable(folder)} is also what is read: give another {flag}")
+    _check_ours(folder, kind, ours, flag)
 
 # %% ../nbs/01_files.ipynb #eaa48ec4
+_HERE = threading.local()  # the folders that a thread holds
+
+
 @contextlib.contextmanager
 def claimed(
     folder,  # where a command writes; made if missing
@@ -289,8 +300,11 @@ def claimed(
 ):  # the folder as a `Path`
     "Hold a folder while it is written. Raises UserError if it is not ours, also read, or in use."
     folder = user_path(folder)
-    _check_not_read(folder, inputs, flag)
-    _check_ours(folder, kind, ours, flag)
+    held, real = vars(_HERE).setdefault("held", {}), os.path.realpath(folder)
+    if held.get(real) == kind:  # by this thread already
+        yield folder
+        return
+    check_folder(folder, kind, ours, inputs, flag)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / LOCK, timeout=WAIT, mode=0o644).acquire()
@@ -307,4 +321,8 @@ def claimed(
         remove_partial_files(folder)
         if kind_of(folder) != kind:
             write_json(folder / MARK, dict(kind=kind, made_by="cpcl"))
-        yield folder
+        held[real] = kind
+        try:
+            yield folder
+        finally:
+            del held[real]

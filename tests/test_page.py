@@ -9,7 +9,7 @@ from cpcl.data import load_person, load_split
 from cpcl.encoder import EncoderConfig, load_encoder, save_encoder
 from cpcl.lab import sample_set
 from cpcl.train import make_config
-from cpcl.train.checkpoint import start_run
+from cpcl.train.start import start_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytest.importorskip("gradio", reason="the page needs gradio")

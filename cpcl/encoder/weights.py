@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['NOT_WEIGHTS', 'Header', 'read_header', 'save_encoder', 'read_weights', 'fetch', 'check_fit', 'load_encoder',
-           'convert']
+           'read_published', 'convert']
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #a0391d66
-import json, math, zipfile
+import math, os, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..core import UserError, atomic_path, repo_root
-from .towers import Encoder, EncoderConfig, resize_positions
+from .towers import Encoder, EncoderConfig, architecture, check_size, resize_positions
+from ..files import expect, json_text, parse_json, printable, read_json, short, user_path
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #9b5c3f8b
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ class Header:
         cls,
         entries: dict,  # the JSON of a file
     ):  # a Header
-        "The opposite of `as_dict`."
+        "The opposite of `as_dict`. Raises UserError for entries of another type."
         info = {k: v for k, v in entries.items() if k not in ("model", "image_size", "grid")}
-        size, grid = (tuple(entries.get(k, ())) for k in ("image_size", "grid"))
-        return cls(entries.get("model", ""), size, grid, info)
+        model = expect(entries.get("model", ""), str, "model")
+        size, grid = (entries.get(k) or () for k in ("image_size", "grid"))
+        return cls(model, size and check_size(size), grid and check_size(grid, "grid"), info)
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #9964c72a
 def read_header(
@@ -48,11 +50,13 @@ def read_header(
     "Read the header of a safetensors file. Raises UserError if the file is damaged."
     from safetensors import SafetensorError, safe_open
 
+    path, name = user_path(path), printable(path)
     try:
         with safe_open(str(path), "pt") as f:
-            return Header.from_dict(json.loads((f.metadata() or {}).get("cpcl", "{}")))
-    except (SafetensorError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is not a complete safetensors file: {e}") from None
+            text = (f.metadata() or {}).get("cpcl", "{}")
+        return Header.from_dict(expect(parse_json(text, "its header"), dict, "its header"))
+    except (SafetensorError, UserError, OSError) as e:
+        raise UserError(f"{name} is not a complete safetensors file: {printable(e)}") from None
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #818cc80e
 def save_encoder(
@@ -69,9 +73,10 @@ def save_encoder(
 
     state = {name: _stored(x) for name, x in encoder.clip.state_dict().items()}
     header = Header(encoder.model, encoder.image_size, encoder.grid, info)
+    path = user_path(path)
     with atomic_path(path) as part:
-        save_file(state, part, metadata={"cpcl": json.dumps(header.as_dict())})
-    return Path(path)
+        save_file(state, part, metadata={"cpcl": json_text(header.as_dict())})
+    return path
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #bf300a29
 def read_weights(
@@ -81,31 +86,48 @@ def read_weights(
 
     Raises UserError if the file is damaged or holds anything else.
     """
-    path = Path(path)
+    path, name = user_path(path), printable(path)
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        read_header(path)
-        return load_file(str(path))
+        return _read_safetensors(path, name)
     if _is_program(path):
-        remedy = f"run `cpcl convert {path}` once and use what it writes"
-        raise UserError(f"{path} is a TorchScript program (as OpenAI ships CLIP): {remedy}")
+        remedy = f"run `cpcl convert {name}` once and use what it writes"
+        raise UserError(f"{name} is a TorchScript program (as OpenAI ships CLIP): {remedy}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         what = f"not a plain file of weights ({type(e).__name__})"
-        raise UserError(f"{path} is {what}: nothing in it was run") from None
+        raise UserError(f"{name} is {what}: nothing in it was run") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise UserError(f"{path} holds no state dict (names to tensors)")
-    return {name.removeprefix("module."): x for name, x in state.items()}
+    if not isinstance(state, dict) or not all(map(_is_weight, state.items())):
+        raise UserError(f"{name} holds no state dict (names to tensors)")
+    return {key.removeprefix("module."): x for key, x in state.items()}
+
+
+def _is_weight(item):
+    "Whether an entry of a state dict is a name with a plain tensor."
+    key, x = item
+    return (
+        isinstance(key, str) and isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta
+    )
+
+
+def _read_safetensors(path, name):
+    from safetensors.torch import load_file
+
+    read_header(path)
+    try:
+        return load_file(str(path))
+    except Exception as e:  # number formats that this torch does not have
+        raise UserError(f"{name} cannot be read ({type(e).__name__}: {printable(e)})") from None
 
 
 def _is_program(path):
     "Whether a file is TorchScript: an archive with code in it."
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return False
-    names = zipfile.ZipFile(path).namelist()
     return any("/code/" in n or n.endswith("constants.pkl") for n in names)
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #14fbd3e0
@@ -117,14 +139,16 @@ def fetch(
         return None
     if cfg.pretrained == "tiny":
         return _tiny_weights()
-    if Path(cfg.pretrained).is_file():
-        return Path(cfg.pretrained)
+    file = user_path(cfg.pretrained)
+    if file.is_file():
+        return file
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
     source = get_pretrained_cfg(cfg.model, cfg.pretrained)
     if not source:
         tags = ", ".join(list_pretrained_tags_by_model(cfg.model)) or "none"
-        raise UserError(f"no file and no tag {cfg.pretrained!r} for {cfg.model}, its tags: {tags}")
+        wanted = short(os.fspath(file))
+        raise UserError(f"no file and no tag {wanted} for {cfg.model}, its tags: {tags}")
     try:
         return Path(download_pretrained(source))
     except Exception as e:
@@ -150,15 +174,24 @@ def check_fit(
     path,  # the file, for the message
     model: str,  # the model's name, for the message
 ):
-    "Check that a file and a model hold the same names and shapes. Raises UserError if they do not."
+    """Check that a file and a model hold the same names and shapes, and finite numbers.
+
+    Raises UserError if they do not.
+    """
 
     def _fits(name):
-        return name in wanted and name in state and wanted[name].shape == state[name].shape
+        if name not in wanted or name not in state or wanted[name].shape != state[name].shape:
+            return False
+        return wanted[name].is_floating_point() == state[name].is_floating_point()
 
     wrong = sorted(name for name in wanted.keys() | state.keys() if not _fits(name))
     if wrong:
         what = f"{len(wrong)} tensors missing, left over or of another shape"
-        raise UserError(f"{path} does not fit {model}: {what}, e.g. {', '.join(wrong[:3])}")
+        examples = ", ".join(name[:100] for name in wrong[:3])
+        raise UserError(printable(f"{path} does not fit {model}: {what}, e.g. {examples}"))
+    damaged = [name for name in sorted(wanted) if not torch.isfinite(state[name].float()).all()]
+    if damaged:
+        raise UserError(printable(f"{path} holds NaN or infinity in {damaged[0]}: get it again"))
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #9fd04f8c
 NOT_WEIGHTS = (
@@ -166,6 +199,21 @@ NOT_WEIGHTS = (
     "context_length",
     "vocab_size",
 )  # numbers among the tensors of OpenAI's files
+
+
+def _table_for(encoder, table, grid, path):
+    "The position table of a file, stretched to the encoder's grid. Raises UserError if it is none."
+    name, (rows, width) = printable(path), encoder.clip.visual.positional_embedding.shape
+    if table.ndim != 2 or len(table) < 2 or table.shape[1] != width or not table.is_floating_point():
+        shape = "x".join(map(str, table.shape)) or "a single number"
+        raise UserError(
+            f"{name} does not fit {encoder.model}: its table of positions is {shape}, not {rows}x{width}"
+        )
+    try:
+        return resize_positions(table, grid or (math.isqrt(len(table) - 1),) * 2, encoder.grid)
+    except ValueError as e:
+        hint = "without cpcl's header its images are taken to be square"
+        raise UserError(f"{name} does not fit {encoder.model}: {e} ({hint})") from None
 
 
 def load_encoder(
@@ -182,21 +230,31 @@ def load_encoder(
     state = read_weights(path)
     header = read_header(path) if path.suffix == ".safetensors" else Header()
     if header.model not in ("", cfg.model):
-        raise UserError(f"{path} holds a {header.model}, not a {cfg.model}: give --model {header.model}")
+        holds = printable(header.model)[:60]
+        raise UserError(f"{printable(path)} holds a {holds}, not a {cfg.model}: give --model {holds}")
     state = {name: x for name, x in state.items() if name not in NOT_WEIGHTS}
     table = state.get("visual.positional_embedding")
     if table is not None:
-        square = (math.isqrt(len(table) - 1),) * 2
-        try:
-            table = resize_positions(table, header.grid or square, encoder.grid)
-        except ValueError as e:
-            hint = "without cpcl's header its images are taken to be square"
-            raise UserError(f"{path} does not fit {cfg.model}: {e} ({hint})") from None
-        state["visual.positional_embedding"] = table
+        state["visual.positional_embedding"] = _table_for(encoder, table, header.grid, path)
     wanted = encoder.clip.state_dict()
     check_fit(state, wanted, path, cfg.model)
     encoder.clip.load_state_dict({name: x.to(wanted[name].dtype) for name, x in state.items()})
     return encoder
+
+# %% ../../nbs/20_encoder/01_weights.ipynb #9da01527
+def read_published(
+    folder,  # of a published model
+) -> dict:  # its config.json, whose `model` and `image_size` are checked
+    "The configuration of a published model. Raises UserError if it does not name a model that can be built."
+    path = user_path(folder) / "config.json"
+    said, name = read_json(path, remedy="get the model again"), printable(path)
+    if missing := [k for k in ("model", "image_size") if k not in said]:
+        raise UserError(f"{name} names no {' and no '.join(missing)}: it is not the folder of a model")
+    try:
+        architecture(expect(said["model"], str, "model"), said["image_size"])
+    except UserError as e:
+        raise UserError(f"{name}: {printable(e)}") from None
+    return said
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #760fb5d1
 def convert(
@@ -209,16 +267,33 @@ def convert(
     """
     from safetensors.torch import save_file
 
-    source = Path(source)
+    source = user_path(source)
     if not source.is_file():
-        raise UserError(f"no such file: {source}")
-    out = Path(out) if out else source.with_suffix(".safetensors")
+        raise UserError(f"no such file: {printable(source)}")
+    out = user_path(out) if out else source.with_suffix(".safetensors")
+    _check_new(out)
     try:
         state = torch.jit.load(str(source), map_location="cpu").state_dict()
-    except RuntimeError as e:
-        raise UserError(f"{source} is no TorchScript file: {str(e).splitlines()[0]}") from None
+    except Exception as e:  # the file's own code may raise anything
+        why = printable(str(e).splitlines()[0] if str(e) else type(e).__name__)
+        raise UserError(f"{printable(source)} is no TorchScript file: {why}") from None
     kept = {name: x.contiguous().clone() for name, x in state.items() if name not in NOT_WEIGHTS}
     header = Header(info=dict(converted_from=source.name))
     with atomic_path(out) as part:
-        save_file(kept, part, metadata={"cpcl": json.dumps(header.as_dict())})
+        save_file(kept, part, metadata={"cpcl": json_text(header.as_dict())})
     return out
+
+
+def _check_new(out):
+    "Raises UserError for a file that `convert` did not write, or that nothing would read."
+    if out.suffix != ".safetensors":
+        raise UserError(f"{printable(out)} must end in .safetensors: give another --out")
+    if out.exists():
+        try:
+            ours = "converted_from" in read_header(out).info
+        except UserError:
+            ours = False
+        if not ours:
+            raise UserError(
+                f"{printable(out)} is there and was not made by `cpcl convert`: give another --out"
+            )

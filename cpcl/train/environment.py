@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 import cpcl
+from ..core import is_checkout
+from ..files import mask_secrets
 
 # %% ../../nbs/80_train/09_environment.ipynb #3e398128
 def processor_name() -> str:  # e.g. "AMD EPYC"; the architecture if the system does not tell
@@ -44,18 +46,26 @@ def device_name() -> str:  # e.g. "NVIDIA H100 80GB HBM3", "MPS Apple M2", "CPU 
     return f"{'MPS' if mps else 'CPU'} {processor_name()}"
 
 # %% ../../nbs/80_train/09_environment.ipynb #9593ee83
+_GIT = (
+    "git",
+    "-c",
+    "core.fsmonitor=false",
+    "-c",
+    f"core.hooksPath={os.devnull}",
+)  # no program of the repository runs
+
+
 def own_commit(
     package=None,  # folder of the package; the imported one if not given
 ) -> str:  # e.g. "v0.1-3-g1a2b3c4-dirty"; empty if the package is not in a checkout of cpcl
     "The commit of the checkout that holds cpcl (git describe)."
     root = Path(package or cpcl.__path__[0]).resolve().parent
-    settings = root / "settings.ini"
-    if not settings.is_file() or "lib_name = cpcl" not in settings.read_text(encoding="utf8"):
+    if not is_checkout(root):
         return ""
-    top = _output("git", "rev-parse", "--show-toplevel", cwd=root)
+    top = _output(*_GIT, "rev-parse", "--show-toplevel", cwd=root)
     if not top or Path(top).resolve() != root:
         return ""
-    return _output("git", "describe", "--always", "--dirty", cwd=root)
+    return _output(*_GIT, "describe", "--always", "--dirty", cwd=root)
 
 # %% ../../nbs/80_train/09_environment.ipynb #3d5bc5e7
 def environment() -> dict:  # plain JSON values: versions, device, threads, commit, command
@@ -72,5 +82,5 @@ def environment() -> dict:  # plain JSON values: versions, device, threads, comm
         device=device_name(),
         threads=torch.get_num_threads(),
         commit=own_commit(),
-        command=" ".join(sys.argv),
+        command=mask_secrets(" ".join(sys.argv)),
     )

@@ -7,7 +7,6 @@ __all__ = ['score_split', 'identity_calls', 'score_run', 'RunResult', 'train_run
 
 # %% ../../nbs/80_train/04_runs.ipynb #6db29d19
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from ..core import UserError, default_device, progress
 from ..data.images import PixelCache
@@ -17,11 +16,13 @@ from ..encoder.extract import features
 from ..eval.label_quality import quality_of
 from ..eval.scores import evaluate
 from ..hcm import hcm_loss
-from .checkpoint import load_run, write_json
+from ..files import write_json
+from .checkpoint import load_run
 from .config import make_config
 from .labels import check_rows, epoch_labels
-from .loop import fit
+from .loop import fit, hook_names
 from .processes import once, shared_features, start_processes
+from .start import check_run, data_facts, run_folder, weights_of
 
 # %% ../../nbs/80_train/04_runs.ipynb #a7c5c6c4
 def score_split(
@@ -113,17 +114,21 @@ def train_run(
     quality, truth = identity_calls(train)
     _check(cfg, train, truth, root)
     first = start_processes(cfg.optim.precision, cfg.optim.deterministic)[0].is_main_process
+    data = data_facts(train, **held_out)
+    names = hook_names(cfg, loss, labels)
+    once(lambda: check_run(run, cfg, data | dict(weights=weights_of(cfg.encoder)), resume, names))
     if first:
         _read_images(caches.values())
     held = _validate if "val" in held_out else None
-    fit(cfg, train, run, held, quality, truth, resume, caches["train"], workers, log, loss, labels)
+    fit(cfg, train, run, held, quality, truth, resume, caches["train"], workers, log, loss, labels, data)
     if not first:
         return None
     split = "test" if "test" in held_out else "train"
     best_by = "val mAP" if "val" in held_out else "no val: best = last"
     scores = score_run(run, held_out.get("test", train), caches[split])
     result = RunResult(**scores, preset=preset, seed=seed, split=split, best_by=best_by)
-    write_json(Path(run) / "result.json", result.as_dict())
+    with run_folder(run) as run:
+        write_json(run / "result.json", result.as_dict())
     return result
 
 # %% ../../nbs/80_train/04_runs.ipynb #ee34486c
