@@ -14,7 +14,7 @@ from cpcl.encoder import EncoderConfig, load_encoder, save_encoder  # noqa: E402
 from cpcl.search import Index, serve  # noqa: E402
 from cpcl.search.private import PRIVATE, sweep  # noqa: E402
 from cpcl.train import make_config  # noqa: E402
-from cpcl.train.checkpoint import start_run  # noqa: E402
+from cpcl.train.start import start_run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSWORD, QUERY = "correct horse battery", "a woman in a vermilion coat"
