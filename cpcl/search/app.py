@@ -161,6 +161,7 @@ def _ended_by_signals():
     "While this lasts, SIGTERM and SIGHUP raise SystemExit where they would end the process at once."
 
     def stop(number, frame):
+        "The handler."
         log_line("the page was stopped")
         raise SystemExit(128 + number)
 
