@@ -996,7 +996,7 @@ BAD = {
         Case(
             "a manifest without its files",
             SEARCH,
-            ("manifest.json", "files is missing", "build the index again"),
+            ("manifest.json", "damaged (files is missing)", "build the index again"),
             at("index/manifest.json", as_json(lambda m: {k: v for k, v in m.items() if k != "files"})),
         ),
         Case(
@@ -1076,7 +1076,7 @@ BAD = {
         Case(
             "built with a table that does not exist",
             INDEX + " --columns {tmp}/nowhere.csv",
-            ("cannot read", "nowhere.csv", "No such file"),
+            ("cannot read", "nowhere.csv"),
         ),
         Case(
             "built with a table without paths",
@@ -1087,7 +1087,7 @@ BAD = {
         Case(
             "built with a table that is not text",
             INDEX + " --columns {tmp}/t.csv",
-            ("t.csv", "not UTF-8", "save it"),
+            ("t.csv", "not UTF-8", "save it as UTF-8"),
             put("t.csv", b"path,camera\n\xff\xfe\0,\x81\n"),
         ),
         Case(
@@ -1108,7 +1108,7 @@ BAD = {
         Case(
             "built below a file",
             "index {tmp}/crops --run {run} --out {tmp}/file/out",
-            ("file", "another --out"),
+            ("file", "give another --out"),
             lambda tmp: (
                 put("file", "x")(tmp),
                 (tmp / "crops").mkdir(),

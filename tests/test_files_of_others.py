@@ -208,7 +208,7 @@ def torch_files(draw, state):
 
 NANO = dict(
     embed_dim=8,
-    vision_cfg=dict(image_size=[16, 8], layers=1, width=8, head_width=4, patch_size=8),
+    vision_cfg=dict(image_size=[16, 16], layers=1, width=8, head_width=4, patch_size=8),
     text_cfg=dict(context_length=77, vocab_size=49408, width=2, heads=1, layers=1),
 )
 
@@ -219,8 +219,8 @@ def base(tmp_path_factory):
     base = tmp_path_factory.mktemp("others")
     small = NANO | dict(text_cfg=NANO["text_cfg"] | dict(vocab_size=40, context_length=6))
     with mock.patch.dict("cpcl.encoder.towers.TINY", small):
-        cfg = make_config("clip", encoder=EncoderConfig("tiny", "", 16, 8))
-        encoder = Encoder("tiny", (16, 8))
+        cfg = make_config("clip", encoder=EncoderConfig("tiny", "", 16, 16))
+        encoder = Encoder("tiny", (16, 16))
         start_run(base / "run", cfg, dict(name="own", root="/x", images=2, captions=3, train="0" * 16))
         for which in ("last", "best"):
             save_encoder(encoder, base / "run" / f"{which}.safetensors", epoch=1)
@@ -242,10 +242,10 @@ def base(tmp_path_factory):
 
 def resume(base):
     "What a run looks at before it goes on."
-    cfg = make_config("clip", encoder=EncoderConfig("tiny", "", 16, 8))
+    cfg = make_config("clip", encoder=EncoderConfig("tiny", "", 16, 16))
     check_run(base / "run", cfg, dict(name="own", images=2, captions=3, train="0" * 16), resume=True)
     loop._earlier(base / "run" / "environment.json")
-    loop._restore(cfg, Encoder("tiny", (16, 8)), base / "run", True, torch.device("cpu"), lambda line: None)
+    loop._restore(cfg, Encoder("tiny", (16, 16)), base / "run", True, torch.device("cpu"), lambda line: None)
 
 
 def score(base):
@@ -265,7 +265,7 @@ def weights(name):
     "Load a file of weights, at the size of its model and at another one."
 
     def load(base):
-        for size in ((16, 8), (24, 16)):
+        for size in ((16, 16), (24, 16)):
             load_encoder(EncoderConfig("tiny", str(base / "model" / name), *size))
 
     return load
@@ -358,7 +358,7 @@ FILES = {  # what it is -> (file, bytes like those of a valid one, what reads it
     ),
     "weights saved by torch": (
         "model/w.pt",
-        lambda base: torch_files(Encoder("tiny", (16, 8)).clip.state_dict()),
+        lambda base: torch_files(Encoder("tiny", (16, 16)).clip.state_dict()),
         each(weights("w.pt"), lambda base: read_weights(base / "model" / "w.pt")),
     ),
     "the log of a pre-training": (
@@ -432,9 +432,9 @@ def test_what_is_valid_is_read(base, promise):
     resume(base)
     score(base)
     load_run(base / "model")
-    assert read_header(base / "model" / "w.safetensors") == Header("tiny", (16, 8), (2, 1), dict(note="x"))
+    assert read_header(base / "model" / "w.safetensors") == Header("tiny", (16, 16), (2, 2), dict(note="x"))
     for name in ("w.safetensors", "w.pt"):
-        load_encoder(EncoderConfig("tiny", str(base / "model" / name), 16, 8))
+        load_encoder(EncoderConfig("tiny", str(base / "model" / name), 16, 16))
     for name, (file, strategy, read) in FILES.items():
         content = written(RECORD) if "annotation of" in name else None
         if content:
