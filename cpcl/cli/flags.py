@@ -39,7 +39,7 @@ class Range(NamedTuple):
 
     def __str__(self):
         known = f"above {self.low:g}" if self.above else f"{self.low:,} or more"
-        if self.high < 10**9:
+        if self.high != 10**9:
             known = f"{known} and at most {self.high:g}" if self.above else f"in {self.low}..{self.high}"
         return f"{known}, or 0: {self.zero}" if self.zero else known
 

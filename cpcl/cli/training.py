@@ -300,7 +300,7 @@ def _above(facts):
 
     people = "people unknown: every image counts as a person"
     if facts["people"] is not None:
-        people = f"{facts['people']:,} people"
+        people = "1 person" if facts["people"] == 1 else f"{facts['people']:,} people"
     counts = f"{facts['images']:,} images, {facts['captions']:,} captions, {people}"
     line = f"{facts['name']} in {facts['root']}, {facts['split']} split: {counts}"
     return printable(line) + (f"\nnote: {facts['note']}" if facts["note"] else "")

@@ -70,6 +70,13 @@ def _outside(root, path):
     return os.path.commonpath([inside, os.path.realpath(path)]) != inside
 
 
+def _real_root(target, below):
+    "The folder that can be the root in the place of a link `below` it, empty if there is none."
+    if target.endswith(os.sep + below):
+        return target.removesuffix(os.sep + below) or os.sep
+    return target if below == "imgs" else ""  # images may be beside their annotation
+
+
 def _link_error(root, path):
     "The error for a path that leaves `root`: which link it is, and what to do."
     link = os.fspath(root)
@@ -77,10 +84,9 @@ def _link_error(root, path):
         link = os.path.join(link, part)
         if _outside(root, link):
             break
-    target, below = os.path.realpath(link), os.sep + os.path.relpath(link, root)
-    remedy = "copy its content there"
-    if target.endswith(below):
-        real = target.removesuffix(below) or os.sep
+    target, below = os.path.realpath(link), os.path.relpath(link, root)
+    real, remedy = _real_root(target, below), "copy it there"
+    if real:
         have = {f for names in ANNOTATIONS.values() for f in names} & (_entries(real) or {}).keys()
         first = "" if have else f"put the annotation into {real} and "
         remedy = f"{first}use --root {real}, or {remedy}"

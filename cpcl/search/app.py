@@ -7,9 +7,9 @@ __all__ = ['MAX_UPLOAD', 'MAX_HELD', 'Served', 'serve']
 
 # %% ../../nbs/search/13_app.ipynb #0eb7288b
 import contextlib, getpass, os, signal, socket, sys, threading, time
-from pathlib import Path
 
 from ..core import UserError
+from .gallery import moved_note
 from .gate import Gate
 from .layout import CSS, build_page, import_gradio
 from .private import PRIVATE, held_bytes, keep_empty, log_line
@@ -161,6 +161,7 @@ def _ended_by_signals():
     "While this lasts, SIGTERM and SIGHUP raise SystemExit where they would end the process at once."
 
     def stop(number, frame):
+        "The handler."
         log_line("the page was stopped")
         raise SystemExit(128 + number)
 
@@ -216,10 +217,8 @@ def serve(
     with _ended_by_signals() if block else contextlib.nullcontext():
         served = _start(index, host, port, password)
         served.address = _address(host, served.names.port)
-        if not Path(index.manifest.folder).is_dir():
-            log_line(
-                f"the images are not at {index.manifest.folder} any more: name their new place with --folder"
-            )
+        if note := moved_note(index.manifest.folder):
+            log_line(note)
         if block:
             with served:
                 print(f"the page is at {served.address} (Ctrl-C stops it)", flush=True)

@@ -18,6 +18,7 @@ from PIL import Image
 from ..core import UserError
 from ..data import read_image
 from ..files import printable
+from .gallery import moved_note, read_found
 from .index import MAX_QUERY
 from .private import log_line, place
 from .visitors import Line
@@ -79,8 +80,8 @@ class Page:
         self,
         text: str,  # for whoever started the page
     ):
-        "Write a line to the terminal, once."
-        if text not in self.told:
+        "Write a line to the terminal, once, and no more than a thousand of them."
+        if text not in self.told and len(self.told) < 1000:
             self.told.add(text)
             log_line(text)
 
@@ -129,29 +130,27 @@ def _read_upload(file):
 MOVED = "The images of this index have been moved. Whoever runs the page can start it with --folder."
 
 
-def _picture(index, path):
-    "An indexed image, small. Raises UserError if it is not there or is no file of the index's folder."
-    folder = Path(index.manifest.folder).resolve()
-    file = folder / path
-    if not file.resolve().is_relative_to(folder):
-        raise UserError(f"{path} is not in the folder of the index")
-    image = read_image(file)
-    image.thumbnail(THUMBNAIL)
-    return image
-
-
 @patch
 def _pictures(self: Page, found):
     "The pictures of a list with their captions, and their paths. What cannot be shown is left out."
-    pictures, paths = [], []
-    for r in found.itertuples():
-        try:
-            image = _picture(self.index, r.path)
-        except UserError:
-            continue
-        pictures.append((image, f"{len(paths) + 1} · {r.score:.2f}"))
-        paths.append(r.path)
-    return pictures, paths
+    pictures, note = read_found(self.index.manifest.folder, found.path, THUMBNAIL)
+    if note:
+        self.tell(note)
+    shown = [(im, r) for im, r in zip(pictures, found.itertuples()) if im is not None]
+    captions = [f"{rank} · {r.score:.2f}" for rank, (_, r) in enumerate(shown, 1)]
+    return [(im, text) for (im, _), text in zip(shown, captions)], [r.path for _, r in shown]
+
+
+@patch
+def _line(self: Page, found, paths, query):
+    "What the reader is told about a list."
+    lost = f"{len(found) - len(paths)} of {len(found)} images found cannot be shown."
+    if not paths and len(found):
+        return MOVED if moved_note(self.index.manifest.folder) else lost
+    if not paths:
+        return "Nothing passes these filters." if self.where(query) else "Nothing is found."
+    line = f"{len(paths)} images, best first. Click one for more like it."
+    return line if len(paths) == len(found) else f"{line} {lost}"
 
 
 @patch
@@ -166,15 +165,7 @@ def _answer(self: Page, search, query, client):
         if not shown:
             self.tell(_for_the_operator(e, query))
         return Answer([], [], shown or FAILED)
-    if len(found) and not paths:
-        folder = self.index.manifest.folder
-        self.tell(
-            f"the images are not at {folder} any more: start the page with --folder and their new place"
-        )
-        return Answer([], [], MOVED)
-    if not paths:
-        return Answer([], [], "Nothing passes these filters." if self.where(query) else "Nothing is found.")
-    return Answer(pictures, paths, f"{len(paths)} images, best first. Click one for more like it.")
+    return Answer(pictures, paths, self._line(found, paths, query))
 
 # %% ../../nbs/search/11_page.ipynb #a9284eb6
 @patch

@@ -110,7 +110,9 @@ def from_elsewhere(
     return site not in ("none", "same-origin") and mode != "navigate"
 
 # %% ../../nbs/search/09_visitors.ipynb #75ff8c03
-AT_ONCE, LONGEST, FORGIVEN = 10, 8.0, 900  # attempts that wait; seconds of the longest wait; seconds
+AT_ONCE = 10  # attempts that wait at a time
+LONGEST = 8.0  # seconds that an attempt waits
+FORGIVEN = 900  # seconds without an attempt
 
 
 class Attempts:
@@ -147,6 +149,7 @@ class Attempts:
             del self.waiting[address]
         if right:
             self.made.pop(address, None)
+            self.last.pop(address, None)
 
 # %% ../../nbs/search/09_visitors.ipynb #4c8d7aac
 def sender(
@@ -161,15 +164,20 @@ def sender(
 # %% ../../nbs/search/09_visitors.ipynb #10e2cf0d
 _FORM = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>Log in</title>
-<style>body {{font: 16px system-ui, sans-serif; max-width: 20em; margin: 15vh auto; padding: 0 1em}}
-input, button {{font: inherit; width: 100%; box-sizing: border-box; padding: .5em; margin: .3em 0}}</style>
+<style>
+form {{display: grid}}
+body, input, button {{font: 16px system-ui, sans-serif}}
+input, button, p {{margin: .3em 1em}}
+input, button {{padding: .5em}}
+body {{max-width: 22em}}
+body {{margin: 15vh auto}}
+</style>
 <form method="post" action="/login"><p>{line}</p>
 <input type="hidden" name="query" value="{query}">
 <input name="username" value="cpcl" autocomplete="username" aria-label="user">
 <input name="password" type="password" autocomplete="current-password" aria-label="password"
  required autofocus>
 <button>Log in</button></form></html>"""
-MAX_LOGINS, LOGIN_SECONDS = 1000, 12 * 3600
 
 
 def login_form(
@@ -178,6 +186,9 @@ def login_form(
 ) -> str:  # HTML
     "The page that asks for the password."
     return _FORM.format(line=html.escape(line), query=html.escape(query, quote=True))
+
+# %% ../../nbs/search/09_visitors.ipynb #b2759840
+MAX_LOGINS, LOGIN_SECONDS = 1000, 12 * 3600
 
 
 class Logins:
