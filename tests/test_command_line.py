@@ -190,6 +190,23 @@ def test_a_number_that_is_none_is_null(things, tmp_path, promise):
         assert code == 0 and "nan" not in out.lower() and " -" in out
 
 
+def test_a_training_says_once_what_it_does_not_read(tmp_path, promise):
+    promise("captions that are cut are reported")
+    root = write_synth(tmp_path / "set", people=24, seed=11, layout="cuhk-pedes", splits=(14, 4, 6))
+    records = json.loads((root / "reid_raw.json").read_text())
+    changed = [r for r in records if r["split"] == "train"][:3]
+    for record in changed:
+        record["captions"][0] = "a man " * 38 + "with a red\x1b[31m bag"
+    (root / "reid_raw.json").write_text(json.dumps(records))
+    words = ["train", "--root", root, "--out", tmp_path / "out", *SMALL.split(), "--epochs", 2]
+    code, out, err = cpcl(*words)
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert code == 0 and len(notes) == 1, (out, err)
+    captions = sum(len(r["captions"]) for r in records if r["split"] == "train")
+    assert notes[0].startswith(f"note: 3 of {captions} captions are longer than 77 tokens and lose their end")
+    assert "'man with a red bag'" in notes[0]
+
+
 # --- what a terminal shows
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from ..core import UserError, default_device, progress
 from ..data.images import PixelCache
 from ..data.read import Split, detect, has_split, load_person, load_split
+from ..data.tokens import cut_note
 from ..encoder.towers import EncoderConfig
 from ..encoder.extract import features
 from ..eval.label_quality import quality_of
@@ -118,6 +119,8 @@ def train_run(
     names = hook_names(cfg, loss, labels)
     once(lambda: check_run(run, cfg, data | dict(weights=weights_of(cfg.encoder)), resume, names))
     if first:
+        if note := cut_note(train.captions):
+            log(f"note: {note}")
         _read_images(caches.values())
     held = _validate if "val" in held_out else None
     fit(cfg, train, run, held, quality, truth, resume, caches["train"], workers, log, loss, labels, data)
