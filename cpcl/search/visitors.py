@@ -179,6 +179,7 @@ body {{margin: 15vh auto}}
  required autofocus>
 <button>Log in</button></form></html>"""
 
+
 def login_form(
     line: str,  # above the boxes
     query: str = "",  # what the address had behind the "?"
