@@ -91,15 +91,22 @@ class _Server:
         config = uvicorn.Config(
             app, ws="none", proxy_headers=False, server_header=False, timeout_graceful_shutdown=1, **quiet
         )
-        self.server, self.sock = uvicorn.Server(config), sock
-        self.thread = threading.Thread(target=self.server.run, kwargs=dict(sockets=[sock]), daemon=True)
+        self.server, self.sock, self.done = uvicorn.Server(config), sock, threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self):
+        "Answer until told to stop, then set `done`. (An interrupted `join` would believe that this has ended.)"
+        try:
+            self.server.run(sockets=[self.sock])
+        finally:
+            self.done.set()
 
     def start(self):
         "Wait until it answers. Raises UserError if it does not within half a minute."
         self.thread.start()
         deadline = time.monotonic() + 30
         while not self.server.started:
-            if not self.thread.is_alive() or time.monotonic() > deadline:
+            if self.done.is_set() or time.monotonic() > deadline:
                 raise UserError("the page's server did not start")
             time.sleep(0.01)
 
@@ -107,7 +114,7 @@ class _Server:
         "Stop answering."
         self.server.should_exit = True
         if self.thread.ident:
-            self.thread.join(10)
+            self.done.wait(10)
         self.sock.close()
 
 # %% ../../nbs/search/13_app.ipynb #dc758d11
@@ -135,8 +142,8 @@ class Served:
 
     def wait(self):
         "Wait until the server ends, which it does not do by itself."
-        while self._server.thread.is_alive():
-            self._server.thread.join(0.2)
+        while not self._server.done.wait(0.2):
+            pass
 
     def close(self):
         "Stop answering and remove the folder."

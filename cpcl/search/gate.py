@@ -106,16 +106,22 @@ class Gate:
 # %% ../../nbs/search/10_gate.ipynb #aa577458
 @patch
 def _client(self: Gate, scope, headers):
-    "Who asks: a login, else an address. Raises Refused for somebody who has to log in first."
-    address = sender((scope.get("client") or ("",))[0])
-    if not self.logins.password:
-        return address
+    "Who asks: a cookie, else an address. Raises Refused for somebody who has to log in first."
     if who := self.logins.who(cookies(headers).get(self.cookie, "")):
         return who
+    if not self.logins.password:
+        return sender((scope.get("client") or ("",))[0])
     if scope["method"] == "GET" and scope["path"] == "/":
         query = scope.get("query_string", b"").decode("latin1")
         raise Refused(401, login_form("The password of this page, please.", query), "text/html")
     raise Refused(401, "log in first")
+
+
+@patch
+def _new_cookie(self: Gate, headers):
+    "The header that makes a browser a visitor of its own, who has logged in if there is a password."
+    secure = ["Secure"] if headers.get("x-forwarded-proto") == "https" else []
+    return fields(f"{self.cookie}={self.logins.new()}", "Path=/", "HttpOnly", "SameSite=Lax", *secure)
 
 
 @patch
@@ -146,7 +152,7 @@ class _Exchange:
 
     def __init__(self, path, most, receive, send):
         self.path, self.most, self._receive, self._send = path, most, receive, send
-        self.got, self.started, self.refused = 0, False, None
+        self.got, self.started, self.refused, self.cookie = 0, False, None, ""
 
     async def receive(self):
         "As ASGI's, up to a number of bytes. Raises Refused after them."
@@ -166,6 +172,7 @@ class _Exchange:
             ours = [name for name, _ in SECURITY]
             kept = [(n, v) for n, v in message.get("headers", ()) if n.decode("latin1").lower() not in ours]
             added = [*SECURITY, *([] if KEPT.fullmatch(self.path) else [("cache-control", "no-store")])]
+            added += [("set-cookie", self.cookie)] if self.cookie else []
             message = message | {"headers": kept + [(n.encode(), v.encode()) for n, v in added]}
         await self._send(message)
 
@@ -232,6 +239,8 @@ async def _http(self: Gate, scope, receive, send):
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         if method not in ROUTES or not ROUTES[method].fullmatch(scope["path"]):
             raise Refused(404, "the page has nothing of this name")
+        if scope["path"] == "/" and not client.startswith("visitor"):
+            exchange.cookie = self._new_cookie(headers)
         await self._pass(scope, exchange.receive, exchange.send, client)
     except Refused as refused:
         await exchange.end(refused)
@@ -273,7 +282,5 @@ async def _log_in(self: Gate, scope, headers, receive):
         self.attempts.leave(address, right)
     if not right:
         return Refused(401, login_form("That is not the password.", query), "text/html")
-    secure = ["Secure"] if headers.get("x-forwarded-proto") == "https" else []
-    cookie = fields(f"{self.cookie}={self.logins.new()}", "Path=/", "HttpOnly", "SameSite=Lax", *secure)
     where = f"/?{query}" if query else "/"
-    return Refused(303, "welcome", headers=[("location", where), ("set-cookie", cookie)])
+    return Refused(303, "welcome", headers=[("location", where), ("set-cookie", self._new_cookie(headers))])
