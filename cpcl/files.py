@@ -110,12 +110,13 @@ def parse_json(
 
 def read_text(
     file,  # a text file in UTF-8, with or without a mark at its start
+    remedy: str = "save it as UTF-8",  # what the user can do about another encoding
 ) -> str:
     "The text of a file. Raises UserError if it is not UTF-8 or cannot be read."
     try:
         return Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{file} is not UTF-8 (byte {e.start}): save it as UTF-8") from None
+        raise UserError(f"{file} is not UTF-8 (byte {e.start}): {remedy}") from None
     except OSError as e:
         raise UserError(f"cannot read {file}: {e.strerror} (check that you may read it)") from None
 
@@ -157,7 +158,7 @@ def read_json(
     remedy: str = "remove it or get it again",  # what the user can do about a damaged one
 ):
     "The value in a JSON file. Raises UserError if it cannot be read or is not what it must be."
-    value = parse_json(read_text(file), file, remedy=remedy)
+    value = parse_json(read_text(file, remedy), file, remedy=remedy)
     try:
         return expect(value, kind, str(file))
     except UserError as e:
@@ -305,6 +306,7 @@ def claimed(
         yield folder
         return
     check_folder(folder, kind, ours, inputs, flag)
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / LOCK, timeout=WAIT, mode=0o644).acquire()
@@ -324,5 +326,17 @@ def claimed(
         held[real] = kind
         try:
             yield folder
+        except BaseException:
+            if new and not _others(folder):
+                _remove_marks(folder)
+            raise
         finally:
             del held[real]
+
+
+def _remove_marks(folder):
+    "Remove a folder that holds nothing besides our marks."
+    for name in (MARK, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody put something there meanwhile
+        folder.rmdir()

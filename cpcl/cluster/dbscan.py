@@ -9,7 +9,7 @@ __all__ = ['find_root', 'graph_parts', 'dbscan']
 import numpy as np
 from scipy.sparse import csr_array, issparse
 
-from .dots import inlined
+from .machine_code import inlined
 
 # %% ../../nbs/30_cluster/03_dbscan.ipynb #c33d3f67
 @inlined

@@ -14,7 +14,7 @@ from scipy.sparse import csr_array
 
 from ..core import check_labels, progress
 from .dbscan import dbscan, find_root, graph_parts
-from .dots import inlined
+from .machine_code import inlined
 
 # %% ../../nbs/30_cluster/04_eps.ipynb #f57f68dc
 @inlined

@@ -7,6 +7,8 @@ __all__ = ['HEADROOM', 'half_width', 'slow_jaccard', 'reciprocal', 'expanded_set
            'overlap', 'side_by_side', 'jaccard_graph']
 
 # %% ../../nbs/30_cluster/02_jaccard.ipynb #a42cea2d
+import operator
+
 import numba
 import numpy as np
 from scipy.sparse import csr_array
@@ -80,7 +82,7 @@ def reciprocal(
     k: int,  # how many columns of it count
 ) -> np.ndarray:  # int32 `[N, k]`: the neighbours that list the row back, in list order, then -1
     "k-reciprocal neighbours (Zhong et al. 2017, eq. 3). Raises ValueError if k exceeds the table."
-    n, width = neighbours.shape
+    (n, width), k = neighbours.shape, operator.index(k)
     if not 1 <= k <= width:
         raise ValueError(f"k must be in 1..{width}, the columns of the neighbour table, got {k}")
     if not (0 <= neighbours.min() and neighbours.max() < n):
@@ -134,7 +136,7 @@ def local_expansion(
     k2: int,  # how many of them are averaged
 ) -> csr_array:  # `[N, N]`, rows sum to 1
     "Mean of the weight vectors of the first k2 neighbours (Zhong et al. 2017, eq. 9)."
-    n, k2 = len(neighbours), min(k2, neighbours.shape[1])
+    n, k2 = len(neighbours), min(operator.index(k2), neighbours.shape[1])
     if k2 == 1 or n == 0:
         return V
     near, parts, counts = np.ascontiguousarray(neighbours, np.int32), _csr(V), np.empty(n, np.int64)
@@ -186,6 +188,7 @@ def overlap_graph(
     csr_array
 ):  # `[N, N]` float64 distances <= eps, explicit zeros and the diagonal included; absent = further
     "Sparse Jaccard distance of weight vectors. Raises ValueError if eps is not below 1."
+    eps = float(eps)
     if not eps < 1:
         raise ValueError(f"eps must be below 1, the distance of rows that share nothing, got {eps}")
     n = V.shape[0]
@@ -228,7 +231,7 @@ def jaccard_graph(
     eps: float = 0.6,  # largest distance kept, below 1
 ) -> csr_array:  # `[N, N]` float64 distances <= eps, explicit zeros and the diagonal included
     "k-reciprocal Jaccard distance as a sparse graph, equal to `slow_jaccard` (Zhong et al. 2017)."
-    n, k1 = len(neighbours), min(k1, neighbours.shape[1])
+    n, k1 = len(neighbours), min(operator.index(k1), neighbours.shape[1])
     if n == 0:
         return csr_array((0, 0))
     in_own_list = (neighbours[:, :k1] == np.arange(n)[:, None]).any(1)

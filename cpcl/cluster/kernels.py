@@ -10,7 +10,8 @@ __all__ = ['mutual_neighbours', 'widen_sets', 'fill_weights', 'average_rows', 'c
 import numba
 import numpy as np
 
-from .dots import compiled, exact_dot, inlined
+from .dots import exact_dot
+from .machine_code import compiled, inlined
 
 # %% ../../nbs/30_cluster/08_kernels.ipynb #7764ea3f
 @compiled
@@ -34,9 +35,12 @@ def mutual_neighbours(
 # %% ../../nbs/30_cluster/08_kernels.ipynb #7caa4b95
 @inlined
 def _turns(lane, lanes, begin, end):
+    rows, n = np.empty(end - begin, np.int64), 0
     for block in range(begin + 64 * lane, end, 64 * lanes):
         for i in range(block, min(block + 64, end)):
-            yield i
+            rows[n] = i
+            n += 1
+    return rows[:n]
 
 # %% ../../nbs/30_cluster/08_kernels.ipynb #b57473a1
 @compiled

@@ -6,11 +6,14 @@
 __all__ = ['EXTRA', 'slow_knn', 'knn']
 
 # %% ../../nbs/30_cluster/01_knn.ipynb #70759e7e
+import operator
+
 import numpy as np
 import torch
 
 from ..core import UserError, check_features, progress
 from .dots import closest, pair_dots, slack
+from .machine_code import all_cores, forked
 from .tiles import tiled_knn
 
 # %% ../../nbs/30_cluster/01_knn.ipynb #b1384973
@@ -32,10 +35,18 @@ def slow_knn(
 EXTRA = 8  # candidates beyond k: room for those that float32 cannot tell apart
 
 
+def _faiss():
+    "faiss, imported only when needed, and after torch. In a forked process it may not wait for threads."
+    import faiss
+
+    if forked():
+        faiss.omp_set_num_threads(1)
+    return faiss
+
+
 def _faiss_knn(x, rows, wide):
     "Proposals of faiss's flat index on the CPU: (rough similarity, row), best first."
-    import faiss  # only when needed, and after torch
-
+    faiss = _faiss()
     return faiss.knn(x[rows], x, wide, metric=faiss.METRIC_INNER_PRODUCT)
 
 
@@ -113,8 +124,7 @@ def _device_knn(X, k):
 # %% ../../nbs/30_cluster/01_knn.ipynb #d1ca4d49
 def _approximate(x, k, sample=1000):
     "Neighbours from an inverted file, and their recall on a sample."
-    import faiss
-
+    faiss = _faiss()
     cells = max(1, min(int(4 * len(x) ** 0.5), len(x) // 40))
     index = faiss.index_factory(x.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed, index.nprobe = 1, 16
@@ -126,6 +136,7 @@ def _approximate(x, k, sample=1000):
     return near, sim, float(np.mean([np.isin(a, b).mean() for a, b in zip(true, near[rows])]))
 
 # %% ../../nbs/30_cluster/01_knn.ipynb #0119bdd4
+@all_cores()
 def knn(
     features,  # `[N, D]` float32 unit rows: a NumPy array, or a tensor, which is searched on its device
     k: int,  # neighbours per row, itself included; more than N gives N
@@ -133,6 +144,7 @@ def knn(
     notes: dict = None,  # receives `redone`, rows searched again, or `recall`, 0 to 1
 ) -> tuple[np.ndarray, np.ndarray]:  # int32 and float32 `[N, k]`: similarity descending, then row ascending
     "The `k` most similar rows of every row. Raises ValueError, or UserError for a bad search."
+    k = operator.index(k)
     if k < 1:
         raise ValueError(f"k must be at least 1 (a row is its own neighbour), got {k}")
     if search not in ("exact", "approximate"):

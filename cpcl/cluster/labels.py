@@ -6,6 +6,7 @@
 __all__ = ['LABELLERS', 'LARGEST_EPS', 'ClusterConfig', 'ClusterReport', 'pseudo_labels', 'cluster_images']
 
 # %% ../../nbs/30_cluster/00_labels.ipynb #475887c8
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,30 @@ from .eps import auto_eps
 from .hdbscan import hdbscan
 from .jaccard import jaccard_graph
 from .knn import knn
+
+# %% ../../nbs/30_cluster/00_labels.ipynb #dbb1000c
+def _whole(value, name):
+    "A number of rows as a plain integer. Raises UserError for anything else."
+    try:
+        rows = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        rows = 0
+    if rows < 1:
+        wanted = "a whole number of rows, at least 1 (the row itself counts)"
+        raise UserError(f"{name} must be {wanted}, got {value!r}")
+    return rows
+
+
+def _radius(value):
+    "A distance as a plain float. Raises UserError unless it is between 0 and 1."
+    try:
+        eps = np.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        eps = np.nan
+    if not 0 < eps < 1:
+        why = "the Jaccard distance of strangers is 1, so eps=1 makes all one cluster"
+        raise UserError(f'eps must be between 0 and 1 or "auto": {why}, got {value!r}')
+    return eps
 
 # %% ../../nbs/30_cluster/00_labels.ipynb #0dc7c79a
 LABELLERS = {"dbscan": dbscan, "hdbscan": hdbscan}
@@ -36,13 +61,9 @@ class ClusterConfig:
 
     def __post_init__(self):
         for name in ("k1", "k2", "min_samples"):
-            v = getattr(self, name)
-            if isinstance(v, bool) or not isinstance(v, (int, np.integer)) or v < 1:
-                wanted = "a whole number of rows, at least 1 (the row itself counts)"
-                raise UserError(f"{name} must be {wanted}, got {v!r}")
-        if self.eps != "auto" and (isinstance(self.eps, str) or not 0 < self.eps < 1):
-            why = "the Jaccard distance of strangers is 1, so eps=1 makes all one cluster"
-            raise UserError(f'eps must be between 0 and 1 or "auto": {why}, got {self.eps!r}')
+            object.__setattr__(self, name, _whole(getattr(self, name), name))
+        if not (isinstance(self.eps, str) and self.eps == "auto"):
+            object.__setattr__(self, "eps", _radius(self.eps))
         for name, known in (("search", ("exact", "approximate")), ("labeller", tuple(LABELLERS))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

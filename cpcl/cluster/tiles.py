@@ -6,12 +6,15 @@
 __all__ = ['HIGH', 'ONES', 'CLOSED', 'fast_bf16', 'centred', 'tiled_knn']
 
 # %% ../../nbs/30_cluster/07_tiles.ipynb #9a082fb6
+import operator
+
 import numba
 import numpy as np
 import torch
 
 from ..core import progress
-from .dots import closest, compiled, inlined, slack
+from .dots import closest, slack
+from .machine_code import all_cores, compiled, inlined
 
 # %% ../../nbs/30_cluster/07_tiles.ipynb #205fab06
 def fast_bf16() -> bool:  # whether a bfloat16 product is much faster than a float32 one here
@@ -189,6 +192,7 @@ def _settle(x, k, bound, shift, lists, size, floor):
     return near, sim, sure
 
 # %% ../../nbs/30_cluster/07_tiles.ipynb #00ae0787
+@all_cores()
 def tiled_knn(
     x: np.ndarray,  # `[N, D]` float32 unit rows
     k: int,  # neighbours per row, itself included, at most N
@@ -196,6 +200,7 @@ def tiled_knn(
     tile: int = 2048,  # rows and columns of a tile, a multiple of 32
 ) -> tuple:  # neighbours int32 `[N, k]`, sim float32 `[N, k]`, sure bool `[N]`: False where it proves nothing
     "Nearest neighbours from half the product, certified row by row. Raises ValueError."
+    k = operator.index(k)
     if tile % 32 or tile < 32:
         raise ValueError(f"tile must be a multiple of 32, got {tile}")
     n, X = len(x), torch.from_numpy(np.ascontiguousarray(x, np.float32))

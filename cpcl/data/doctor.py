@@ -230,7 +230,7 @@ def doctor(
         try:
             split = load_split(root, name, s)
         except UserError as e:
-            problems.append(str(e))
+            problems += [] if str(e) in problems else [str(e)]
             continue
         people[s] = load_person(split)
         figures[s] = split_figures(split, people[s])

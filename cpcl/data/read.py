@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import UserError
-from .parse import ANNOTATIONS, SPLIT_NAMES, check_split, composed, locate_images, read_annotation
+from .locate import locate_images
+from .parse import ANNOTATIONS, SPLIT_NAMES, check_split, composed, read_annotation
 from ..files import printable, user_path
 
 # %% ../../nbs/10_data/00_read.ipynb #b23c0ef7

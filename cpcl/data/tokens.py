@@ -97,7 +97,7 @@ def _places(word):
 def unseen_text(
     text: str,  # a caption or a query
     context_length: int = 77,  # places, both ends included
-) -> str:  # empty if everything is seen; blanks are single
+) -> str:  # empty if everything is seen, blanks are single
     "The end of a text that CLIP does not see because its places are used up."
     _check_texts([text])
     tokenizer = _tokenizer()

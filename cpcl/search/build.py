@@ -6,7 +6,7 @@
 __all__ = ['TRIES', 'ROUNDED', 'AT_ONCE', 'SENTENCES', 'NAMED', 'encode_images', 'open_store', 'build_index']
 
 # %% ../../nbs/search/05_build.ipynb #7c96dfca
-import filecmp, hashlib
+import contextlib, filecmp, hashlib, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -20,7 +20,7 @@ import torch
 from ..core import UserError, progress
 from ..data import Split
 from ..data.images import pixels_of, to_tensor
-from ..files import claimed, digest, printable, user_path
+from ..files import LOCK, MARK, check_folder, claimed, digest, mask_secrets, printable, user_path
 from .columns import few_values, with_columns
 from .gallery import scan_images
 from .manifest import Manifest, is_index, read_manifest
@@ -101,9 +101,8 @@ def _address(store):
     if store and (kind != "milvus" or not uri):
         if "@" in store:
             check_address(f"://{store}")
-        raise UserError(
-            f"a store is milvus:URI, e.g. milvus:http://localhost:19530 or milvus:gallery.db, got {store!r}"
-        )
+        example = "milvus:http://localhost:19530 or milvus:gallery.db"
+        raise UserError(f"a store is milvus:URI, e.g. {example}, got {printable(mask_secrets(store))!r}")
     if not uri or "://" in check_address(uri):
         return uri
     return str(user_path(uri).resolve())
@@ -287,6 +286,19 @@ def _build(job, batch_size, workers, log):
     log(_Done(len(rows), done.sum(), again, same.sum(), gone, unreadable).line(store))
     return manifest, store, load() if done.any() else None
 
+# %% ../../nbs/search/05_build.ipynb #e44f173b
+@contextlib.contextmanager
+def _held(out, inputs):
+    "Hold the index's folder. If the block fails with nothing written to a new folder, it is removed."
+    folder, new = user_path(out), not os.path.lexists(user_path(out))
+    try:
+        with claimed(folder, "index", ours=is_index, inputs=inputs) as held:
+            yield held
+    except BaseException:
+        if new and folder.is_dir() and set(os.listdir(folder)) <= {MARK, LOCK}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
 # %% ../../nbs/search/05_build.ipynb #5933612b
 def build_index(
     folder,  # of image crops, or a `Split`
@@ -305,11 +317,12 @@ def build_index(
     if min(batch_size, workers) < 1:
         raise UserError(f"batch_size and workers must be 1 or more, got {batch_size} and {workers}")
     address, run = _address(store), user_path(run).resolve()
-    found, left = scan_images(folder, ignore=out)
-    folder = user_path(folder.root if isinstance(folder, Split) else folder).resolve()
+    images, folder = folder, user_path(folder.root if isinstance(folder, Split) else folder).resolve()
+    check_folder(out, "index", is_index, (folder, run))
+    found, left = scan_images(images, ignore=out)
     found = with_columns(found, columns, folder, log)
     weights = digest(encoder_file(run))
-    with claimed(out, "index", ours=is_index, inputs=(folder, run)) as out:
+    with _held(out, (folder, run)) as out:
         if left.line():
             log(left.line())
         job = _Job(found, folder, run, out, weights, address, exact_rows)

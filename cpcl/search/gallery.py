@@ -40,10 +40,10 @@ def _kind(entry, top):
         return "link"
     if not _can_be_stored(entry.name):
         return "name"
-    if entry.is_dir():
-        return "" if entry.is_symlink() else "folder"  # behind a link inside the folder: listed anyway
-    if not entry.is_file():
-        return ""
+    if entry.is_dir(follow_symlinks=False):
+        return "folder"
+    if not (entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)):
+        return ""  # e.g. a link to a folder in here, which is listed anyway
     return "image" if entry.name.lower().endswith(IMAGE_SUFFIXES) else "format"
 
 # %% ../../nbs/search/00_gallery.ipynb #9ada6906

@@ -165,9 +165,10 @@ def read_manifest(
     if not file.is_file():
         raise UserError(f"{folder} holds no index (no manifest.json): make one with `cpcl index`")
     try:
-        said = read_json(file, remedy=again)
+        said = read_json(file, remedy="")
     except UserError as e:
-        raise UserError(f"the manifest is damaged or cannot be read: {e}") from None
+        why = str(e).removesuffix(": ")
+        raise UserError(f"the manifest is damaged or cannot be read, {why}: {again}") from None
     if said.get("format") != FORMAT:
         found = short(said.get("format"))
         raise UserError(

@@ -15,9 +15,9 @@ import torch
 
 from .config import TrainConfig, config_from
 from ..core import UserError, atomic_path
-from ..files import expect, json_text, parse_json, read_json, short, user_path
-from ..encoder.towers import Encoder, EncoderConfig
-from ..encoder.weights import check_fit, load_encoder, read_weights
+from ..files import expect, json_text, parse_json, read_json, user_path
+from ..encoder.towers import Encoder
+from ..encoder.weights import check_fit, load_encoder, read_published, read_weights
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #b0145a26
 def state_tensors(
@@ -193,21 +193,8 @@ def load_run(
     path = encoder_file(run, which)
     if path.name != "model.safetensors":
         return load_encoder(replace(read_config(run).encoder, pretrained=str(path)))
-    cfg = _published(path.with_name("config.json"))
-    encoder = Encoder(cfg.model, cfg.image_size)
-    state = read_weights(path)
-    check_fit(state, encoder.state_dict(), path, f"{cfg.model} at {cfg.image_size}")
+    said = read_published(path.parent)
+    encoder, state = Encoder(said["model"], tuple(said["image_size"])), read_weights(path)
+    check_fit(state, encoder.state_dict(), path, f"{said['model']} at {tuple(said['image_size'])}")
     encoder.load_state_dict(state)
     return encoder.eval()
-
-
-def _published(file):
-    "The towers that the `config.json` of a published model names, checked before anything is built."
-    if not file.is_file():
-        raise UserError(f"{file.parent} has no config.json that names a model and an image_size")
-    said = read_json(file, remedy="get the model again")
-    model = expect(said.get("model"), str, f"{file}: model")
-    size = expect(said.get("image_size"), list, f"{file}: image_size")
-    if len(size) != 2 or min(expect(side, int, f"{file}: image_size") for side in size) < 1:
-        raise UserError(f"{file}: image_size must be [height, width] in pixels, got {short(size)}")
-    return EncoderConfig(model, "", *size)

@@ -6,7 +6,7 @@
 __all__ = ['processor_name', 'device_name', 'own_commit', 'environment']
 
 # %% ../../nbs/80_train/09_environment.ipynb #ba3eb497
-import os, platform, subprocess, sys
+import os, platform, shlex, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,13 @@ def own_commit(
     return _output(*_GIT, "describe", "--always", "--dirty", cwd=root)
 
 # %% ../../nbs/80_train/09_environment.ipynb #3d5bc5e7
+def _command():
+    "How this process was started, as one would type it, without secrets."
+    first = Path(sys.argv[0])
+    ours = first.name == "cpcl" or first.parts[-3:] == ("cpcl", "cli", "__main__.py")
+    return mask_secrets(shlex.join(["cpcl" if ours else str(first), *sys.argv[1:]]))
+
+
 def environment() -> dict:  # plain JSON values: versions, device, threads, commit, command
     "What a run is made with."
     import open_clip, PIL
@@ -82,5 +89,5 @@ def environment() -> dict:  # plain JSON values: versions, device, threads, comm
         device=device_name(),
         threads=torch.get_num_threads(),
         commit=own_commit(),
-        command=mask_secrets(" ".join(sys.argv)),
+        command=_command(),
     )
