@@ -566,7 +566,8 @@ def test_the_command_says_how_it_ended(index, tmp_path, promise):
             hold_an_upload(tmp_path, port)
             process.send_signal(number)
             got, said = ended(process)
-        assert got == status and "Traceback" not in said, said
+        line = f"cpcl: the page was stopped by {signal.Signals(number).name}\n"
+        assert (got, said) == (status, line)
         assert list(tmp_path.iterdir()) == []
     promise("A stopped search page leaves no file", 2)
 

@@ -95,7 +95,7 @@ class _Server:
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self):
-        "Answer until told to stop, then set `done`. (An interrupted `join` would believe that this has ended.)"
+        "Answer until told to stop, then say so: an interrupted `join` would think that this has ended."
         try:
             self.server.run(sockets=[self.sock])
         finally:
