@@ -6,12 +6,12 @@
 __all__ = ['EXAMPLES', 'FOOTER', 'CSS', 'DIRECT', 'import_gradio', 'Controls', 'data_url', 'build_page']
 
 # %% ../../nbs/search/12_layout.ipynb #d0db189d
-import base64, contextlib, importlib, io, os
+import base64, contextlib, io, os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError
+from ..core import need
 from ..files import printable
 from .index import MAX_QUERY
 from .page import Answer, Page, Query, link, unlink
@@ -34,12 +34,7 @@ def import_gradio():
     "The module gradio. Raises UserError with the reason if it cannot be imported (Gradio)."
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     with _environment(NO_PROXY="*", no_proxy="*"):
-        try:
-            return importlib.import_module("gradio")
-        except Exception as e:
-            if isinstance(e, ModuleNotFoundError) and e.name == "gradio":
-                raise UserError("for the page, install gradio, or cpcl[app]") from None
-            raise UserError(f"the page needs gradio, which cannot be imported: {printable(e)}") from None
+        return need("gradio", "app")
 
 # %% ../../nbs/search/12_layout.ipynb #9ce59d89
 EXAMPLES = (
