@@ -299,6 +299,18 @@ def test_a_name_that_only_a_proxy_knows(index, scratch, monkeypatch, promise):
     promise("The search page answers only to its own name and to itself", 4)
 
 
+def test_the_names_of_this_machine(index, scratch, promise):
+    "Behind --host the page answers to the machine's own names and to the address it was reached at."
+    with serve(index, host="0.0.0.0", port=0, password=PASSWORD, block=False) as page:
+        port, name = page.names.port, socket.gethostname()
+        for host in (name, f"{name.partition('.')[0]}.local", "127.0.0.1", "localhost"):
+            assert Visitor(port, host=f"{host}:{port}").log_in() == 303
+        for host in ("evil.example", "192.0.2.7", f"{name}.evil.example"):
+            assert Visitor(port, host=f"{host}:{port}").log_in() == 400
+        assert Visitor(port, host=name).request("GET", "/")[0] == 400
+    promise("The search page answers only to its own name and to itself", 8)
+
+
 def _paths(app):
     "Every (method, path) that an application of FastAPI answers, its parameters filled in."
     found, waiting = set(), list(app.routes)
