@@ -9,7 +9,6 @@ __all__ = ['MAX_UPLOAD', 'MAX_HELD', 'Served', 'serve']
 import contextlib, getpass, os, signal, socket, sys, threading, time
 
 from ..core import UserError
-from .gallery import moved_note
 from .gate import Gate
 from .layout import CSS, build_page, import_gradio
 from .private import PRIVATE, held_bytes, keep_empty, log_line
@@ -127,8 +126,10 @@ class Served:
         sock: socket.socket,  # listens
         names: Names,  # of the page
         password: str,  # empty: nobody has to log in
+        address: str,  # for a browser
     ):
-        self.names, self._stop, self._closed = names, threading.Event(), False
+        self.names, self.address = names, address
+        self._stop, self._closed = threading.Event(), False
         folder = PRIVATE.path
         gate = Gate(_gradio_app(blocks), names, password, lambda: held_bytes(folder) < MAX_HELD)
         self._server = _Server(gate, sock)
@@ -200,7 +201,7 @@ def _start(index, host, port, password):
         index.encoder  # weights are checked before anybody asks
         sock = _listen(host, port)
         names = names_of(host, sock.getsockname()[1], listed)
-        served = Served(blocks, sock, names, password)
+        served = Served(blocks, sock, names, password, _address(host, names.port))
     except BaseException:
         PRIVATE.leave()
         raise
@@ -223,9 +224,6 @@ def serve(
     Raises UserError if others could reach it without a password, or the address is taken (Gradio)."""
     with _ended_by_signals() if block else contextlib.nullcontext():
         served = _start(index, host, port, password)
-        served.address = _address(host, served.names.port)
-        if note := moved_note(index.manifest.folder):
-            log_line(note)
         if block:
             with served:
                 print(f"the page is at {served.address} (Ctrl-C stops it)", flush=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..core import need
 from ..files import printable
+from .gallery import moved_note
 from .index import MAX_QUERY
 from .page import Answer, Page, Query, link, unlink
 from .private import PRIVATE, log_line, place
@@ -274,13 +275,11 @@ def _careful(gr, process, folder):
     return process_api
 
 # %% ../../nbs/search/12_layout.ipynb #5612272d
-def build_page(
-    index,  # an `Index`
-):  # a gradio Blocks, to be served
-    "The search page over an index. Raises UserError if gradio is not installed (Gradio)."
-    gr = import_gradio()
-    folder = PRIVATE.enter().resolve()  # before Gradio looks for a place of its own
+def _page(gr, index, folder):
+    "The Blocks of a page that keeps its files in a folder."
     page = Page(index)
+    if note := moved_note(index.manifest.folder):
+        page.tell(note)
     with gr.Blocks(title="Find a person by a sentence", analytics_enabled=False) as blocks:
         c = _layout(gr, page)
         _on_search(gr, page, c)
@@ -289,3 +288,16 @@ def build_page(
     blocks.state_session_capacity = 200  # visitors whose pictures' paths are remembered
     blocks.process_api = _careful(gr, blocks.process_api, folder)
     return blocks
+
+
+def build_page(
+    index,  # an `Index`
+):  # a gradio Blocks, to be served
+    "The search page over an index. Raises UserError if gradio is not installed (Gradio)."
+    gr = import_gradio()
+    folder = PRIVATE.enter().resolve()  # before Gradio looks for a place of its own
+    try:
+        return _page(gr, index, folder)
+    except BaseException:
+        PRIVATE.leave()
+        raise
