@@ -191,7 +191,7 @@ def test_no_query_in_any_log(index, scratch, promise, capfd):
         assert visitor.request("POST", "/gradio_api/run/predict", QUERY.encode())[0] in (422, 500)
         visitor.request("GET", "/?q=" + QUERY.replace(" ", "+"))
         with mock.patch.object(Index, "search", side_effect=RuntimeError(QUERY)):
-            assert "failed" in visitor.ask(QUERY)[1]
+            assert "The search failed" in visitor.ask(QUERY)[1]
     said = capfd.readouterr()
     assert "RuntimeError at" in said.err and "a call failed" in said.err
     assert "vermilion" not in said.out + said.err and "Traceback" not in said.err
@@ -431,7 +431,7 @@ def can_use(address):
 
 @pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.2"])
 def test_one_client_cannot_starve_the_others(index, scratch, slow_search, source, promise):
-    "Three hundred unread questions of one client hold up a browser by one or two, at one address too."
+    "Three hundred unread questions of one client delay a browser by one or two of them, at one address too."
     if not can_use(source):
         pytest.skip("no second loopback address")
     with serve(index, port=0, block=False) as page:
@@ -453,7 +453,7 @@ def test_one_client_cannot_starve_the_others(index, scratch, slow_search, source
 
 @pytest.mark.skipif(not can_use("127.0.0.2"), reason="no second loopback address")
 def test_wrong_passwords_are_slowed(index, scratch, promise):
-    "Sixty wrong passwords at once: a dozen are looked at in three seconds, and others are not held up."
+    "Sixty wrong passwords at once: a few are checked in three seconds, and others do not wait."
     with serve(index, port=0, password=PASSWORD, block=False) as page:
         port, statuses = page.names.port, []
         inside = Visitor(port, source="127.0.0.2")

@@ -94,7 +94,7 @@ class _Server:
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self):
-        "Answer until told to stop, then say so: an interrupted `join` would think that this has ended."
+        "Answer until stopped, then set `done`: an interrupted `join` would take this for ended."
         try:
             self.server.run(sockets=[self.sock])
         finally:

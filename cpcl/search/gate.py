@@ -130,7 +130,7 @@ def _check(self: Gate, scope, headers):
     arrived = plain_address((scope.get("server") or ("",))[0])
     if not self.names.allow(headers["host"], arrived):
         remedy = "CPCL_HOSTS lists the names of a proxy or a tunnel"
-        raise Refused(400, f"this page does not go by that name, or not at that port ({remedy})")
+        raise Refused(400, f"this page has another name or another port ({remedy})")
     if from_elsewhere(headers, self.names):
         raise Refused(403, "this request comes from another site")
 
@@ -183,7 +183,7 @@ class _Exchange:
             raise Refused(408, "nobody reads the answer") from None
 
     async def end(self, refused):
-        "Answer for the page, unless it has begun to."
+        "Answer for the page, unless it has started to."
         self.refused = None
         if not self.started:
             await _reply(self.send, refused)
@@ -253,7 +253,7 @@ async def _http(self: Gate, scope, receive, send):
     except Exception as e:
         if not exchange.refused:
             log_line(f"a request failed: {place(e)}")
-        failed = Refused(500, "the page failed to answer, whoever started it sees why")
+        failed = Refused(500, "the page failed to answer: the reason is on the terminal it was started from")
         await exchange.end(exchange.refused or failed)
     else:
         if exchange.refused:

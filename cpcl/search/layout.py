@@ -258,7 +258,7 @@ def _forget(session):
 
 
 def _careful(gr, process, folder):
-    "`Blocks.process_api`, which keeps nothing and says nothing."
+    "`Blocks.process_api`, which keeps no value and logs none."
 
     async def process_api(block_fn, inputs, state=None, *args, **kwargs):
         "As Gradio's."
@@ -279,7 +279,7 @@ def _page(gr, index, folder):
     "The Blocks of a page that keeps its files in a folder."
     page = Page(index)
     if note := moved_note(index.manifest.folder):
-        page.tell(note)
+        page.report(note)
     with gr.Blocks(title="Find a person by a sentence", analytics_enabled=False) as blocks:
         c = _layout(gr, page)
         _on_search(gr, page, c)

@@ -204,7 +204,7 @@ class Logins:
         self,
         form: dict,  # name -> list of values
     ) -> bool:
-        "Compare user and password, in a time that tells nothing."
+        "Compare user and password, in the same time whatever was given."
         user, given = (form.get(name, [""])[0].encode() for name in ("username", "password"))
         same = hmac.compare_digest(given, self.password.encode())
         return hmac.compare_digest(user.strip() or b"cpcl", b"cpcl") and same
