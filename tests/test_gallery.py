@@ -285,7 +285,7 @@ def test_another_gallery_is_not_taken_for_a_moved_one(build, crops, tmp_path, pr
 
 
 def test_a_moved_gallery_says_so(build, crops, tmp_path, promise, capsys):
-    promise("a gallery that is not there any more is reported, and its new place can be given", 6)
+    promise("a gallery that is not there any more is reported, and its new place can be given", 8)
     index, _ = build()
     found, new = index.search("a man", k=3), crops.rename(tmp_path / "new")
     idx = tmp_path / "idx"
@@ -303,6 +303,8 @@ def test_a_moved_gallery_says_so(build, crops, tmp_path, promise, capsys):
     assert box.children[2].value == "12 images" and len(box.children[3].children) == 12
     status, _, err = cpcl(capsys, "search", idx, "a man", "--folder", tmp_path / "nowhere")
     assert status == 2 and "is not a folder" in err
+    crops.mkdir()  # where the disk was mounted
+    assert says in cpcl(capsys, "search", idx, "a man")[2] and says in read_found(crops, found.path)[1]
 
 
 SECRETS = ["link", "folder link", "hard path", "dots", "dots that come back", "chain", "null"]
@@ -439,6 +441,18 @@ def test_rows_of_a_table_that_join_nothing_are_counted(crops, tmp_path, promise)
     joined = with_columns(list_images(crops), table, crops, lines.append)
     assert joined.camera.tolist().count("1") == 3 and set(joined) == {"path", "size", "mtime_ns", "camera"}
     assert lines == ["3 of 4 rows of the table name an image, e.g. 'imgs/03.jpg', and 9 images have no row"]
+
+
+@pytest.mark.parametrize("text", ["\0", "\ud800", "x" * 5000])
+def test_what_a_table_brings_can_be_read_again(text, build, tmp_path, promise):
+    promise("an index with any table can be opened, or the table is refused")
+    table = pd.DataFrame({"path": ["cam_0/00.jpg"], "note": pd.Series([text], dtype=object)})
+    try:
+        index, _ = build(columns=table)
+    except UserError as e:
+        assert "the column 'note'" in str(e) and len(text) == 1
+        return
+    assert len(Index.open(tmp_path / "idx").search("a man", where={"note": text})) == len(index) - 11
 
 
 # --- the command

@@ -106,7 +106,7 @@ class Search:
             found = index.search(
                 self.query or None, self.k, filters, self.image or None, self.without or None
             )
-        _note(*found.attrs["notes"], moved_note(index.manifest.folder))
+        _note(*found.attrs["notes"], moved_note(index.manifest.folder, found.path))
         found = found.drop(columns="query")
         if self.json:
             print(json_text(found.to_dict("records")))

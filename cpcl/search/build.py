@@ -105,7 +105,7 @@ def _address(store):
         raise UserError(f"a store is milvus:URI, e.g. {example}, got {printable(mask_secrets(store))!r}")
     if not uri or "://" in check_address(uri):
         return uri
-    return str(user_path(uri).resolve())
+    return check_address(str(user_path(uri).resolve()))
 
 # %% ../../nbs/search/05_build.ipynb #23e5c95d
 ROUNDED = (
@@ -287,6 +287,11 @@ def _build(job, batch_size, workers, log):
     return manifest, store, load() if done.any() else None
 
 # %% ../../nbs/search/05_build.ipynb #e44f173b
+def _real(path):
+    "A path in full. Raises UserError if it cannot be written down."
+    return user_path(user_path(path).resolve())
+
+
 @contextlib.contextmanager
 def _held(out, inputs):
     "Hold the index's folder. If the block fails with nothing written to a new folder, it is removed."
@@ -316,8 +321,8 @@ def build_index(
     Raises UserError if nothing can be read, or if `out` holds something that is no index."""
     if min(batch_size, workers) < 1:
         raise UserError(f"batch_size and workers must be 1 or more, got {batch_size} and {workers}")
-    address, run = _address(store), user_path(run).resolve()
-    images, folder = folder, user_path(folder.root if isinstance(folder, Split) else folder).resolve()
+    address, run = _address(store), _real(run)
+    images, folder = folder, _real(folder.root if isinstance(folder, Split) else folder)
     check_folder(out, "index", is_index, (folder, run))
     found, left = scan_images(images, ignore=out)
     found = with_columns(found, columns, folder, log)

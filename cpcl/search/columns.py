@@ -18,7 +18,8 @@ import pandas as pd
 
 from ..core import UserError
 from ..data.parse import DELIMITERS, check_path, composed
-from ..files import printable, read_text, short, user_path
+from ..files import is_unicode, printable, read_text, short, user_path
+from .manifest import LONGEST, MANY
 
 # %% ../../nbs/search/14_columns.ipynb #9c8331b5
 def _date_text(value):
@@ -110,6 +111,17 @@ def _paths(paths, what, known):
     return tidy
 
 
+def _texts(column, what):
+    "The values of a column as texts. Raises UserError if one cannot be stored."
+    texts = [as_text(v) for v in column]
+    for text in texts:
+        if "\0" in text or not is_unicode(text):
+            raise UserError(
+                f"{what}: the column {printable(column.name)!r} holds {ascii(text)[:60]}, no text"
+            )
+    return texts
+
+
 def read_columns(
     table,  # a CSV file or a DataFrame with a column `path`, relative to the folder of the images
     known=(),  # paths of images, which are taken as they are
@@ -119,13 +131,17 @@ def read_columns(
     names = [printable(name) for name in table.columns]
     if "path" not in names:
         raise UserError(f"{what} needs a column `path`, it has {', '.join(names)}")
+    if len(names) > MANY or max(map(len, names)) > LONGEST:
+        raise UserError(
+            f"{what} must have at most {MANY} columns, with names of at most {LONGEST} characters"
+        )
     if reserved := RESERVED & set(names):
         raise UserError(f"{what} has a column {min(reserved)!r}, which the index uses itself: rename it")
     paths = pd.Index(_paths(table.path, what, known), name="path")
     again = paths[paths.duplicated()]
     if len(again):
         raise UserError(f"{what} names {printable(again[0])!r} twice: keep one")
-    columns = {c: [as_text(v) for v in table[c]] for c in table if c != "path"}
+    columns = {c: _texts(table[c], what) for c in table if c != "path"}
     return pd.DataFrame(columns, index=paths, dtype=object).astype(str)
 
 # %% ../../nbs/search/14_columns.ipynb #08366a1b
@@ -165,9 +181,9 @@ FEW_VALUES = 30  # a column with at most so many values is offered as a filter
 def few_values(
     column: pd.Series,  # of texts
 ):  # its values, sorted; None if they are more than `FEW_VALUES`
-    "The values of a column, if they are few."
+    "The values of a column, if they are few and short enough for a list."
     values = sorted(column.unique())
-    return values if len(values) <= FEW_VALUES else None
+    return values if len(values) <= FEW_VALUES and max(map(len, values), default=0) <= LONGEST else None
 
 # %% ../../nbs/search/14_columns.ipynb #76f225be
 def _spellings(value):

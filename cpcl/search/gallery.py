@@ -47,14 +47,15 @@ def _kind(entry, top):
     return "image" if entry.name.lower().endswith(IMAGE_SUFFIXES) else "format"
 
 # %% ../../nbs/search/00_gallery.ipynb #9ada6906
-def _count_images(path):
-    "How many images are behind a path. A broken link counts as one: nobody knows what was behind it."
+def _count_images(path, top=""):
+    "How many images are behind a path, without those in `top`. A broken link counts as one: nobody knows."
     if not os.path.exists(path):
         return 1
     if not os.path.isdir(path):
         return int(os.path.isfile(path) and str(path).lower().endswith(IMAGE_SUFFIXES))
     count = looked = 0
-    for _, _, files in os.walk(path):
+    for folder, below, files in os.walk(os.path.realpath(path)):
+        below[:] = [name for name in below if os.path.join(folder, name) != str(top)]
         count += sum(f.lower().endswith(IMAGE_SUFFIXES) for f in files)
         looked += len(files) + 1
         if looked > LOOKED_AT:
@@ -72,11 +73,12 @@ class LeftOut:
     formats: Counter = field(default_factory=Counter)  # suffix -> files
     hidden: int = 0  # images in hidden files and folders
     names: list = field(default_factory=list)  # images whose name cannot be stored
+    top: Path = None  # the folder itself, whose images do not count as behind a link
 
     def add(self, kind: str, path: str, file: str):
         "Count an entry of a kind. `path` is relative, `file` is its place on the disk."
         if kind == "link":
-            self.links += _count_images(file)
+            self.links += _count_images(file, self.top)
             if not self.link:
                 self.link, self.target = path, os.path.realpath(file)
         elif kind == "hidden":
@@ -108,6 +110,11 @@ class LeftOut:
         return f"left out: {', '.join(parts)}" if parts else ""
 
 # %% ../../nbs/search/00_gallery.ipynb #9b12dd52
+def _state(stat):
+    "Size and time of change of a file, as 64-bit integers whatever its disk claims."
+    return stat.st_size, max(-(2**62), min(stat.st_mtime_ns, 2**62))
+
+
 def _walk(folder, top, left, ignore=None, below=""):
     "Yield (relative path, size, mtime_ns) of every image below a folder, and count what is left out."
     with os.scandir(folder) as found:
@@ -125,7 +132,7 @@ def _walk(folder, top, left, ignore=None, below=""):
             seen = e.stat()
         except OSError:
             continue  # removed since the folder was listed
-        yield below + e.name, seen.st_size, seen.st_mtime_ns
+        yield below + e.name, *_state(seen)
 
 # %% ../../nbs/search/00_gallery.ipynb #fcbea06b
 def _split_images(split):
@@ -133,8 +140,7 @@ def _split_images(split):
     for row, path in enumerate(split.images):
         file = split.path(row)
         if file.is_file():
-            seen = file.stat()
-            yield path, seen.st_size, seen.st_mtime_ns
+            yield path, *_state(file.stat())
         else:
             yield path, -1, 0
 
@@ -163,7 +169,8 @@ def scan_images(
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder")
         ignore = os.path.realpath(user_path(ignore)) if ignore else None
-        rows = sorted(_walk(folder, folder.resolve(), left, ignore))
+        left.top = folder.resolve()
+        rows = sorted(_walk(folder, left.top, left, ignore))
         if not rows:
             raise UserError(_no_image(folder, left))
     return pd.DataFrame(rows, columns=["path", "size", "mtime_ns"]), left
@@ -196,15 +203,21 @@ def image_file(
 # %% ../../nbs/search/00_gallery.ipynb #eb799aa3
 def moved_note(
     folder,  # of the images, as the index knows it
+    paths=(),  # of some of them, relative
     place: str = "",  # what to call the folder; its path if empty
-) -> str:  # empty if the folder is there
-    "What to do when the folder of the images is gone."
-    if os.path.isdir(folder):
+) -> str:  # empty if the folder and one of the images are there
+    "What to do when the images are gone: the folder is not there, or it is where a disk should be mounted."
+    if os.path.isdir(folder) and (not len(paths) or any(os.path.lexists(_join(folder, p)) for p in paths)):
         return ""
     return (
         f"the images are not at {place or printable(folder)} any more: mount the disk, "
         "or give their new place with --folder (in Python: Index.open(..., folder=...))"
     )
+
+
+def _join(folder, path):
+    "A path below a folder; no path can hold a NUL."
+    return os.path.join(folder, path.replace("\0", "?"))
 
 
 def read_found(
@@ -227,4 +240,4 @@ def read_found(
     if not lost:
         return pictures, ""
     changed = f"{lost} of {len(pictures)} images cannot be shown: they were removed, damaged or replaced by "
-    return pictures, moved_note(folder, place) or changed + "links since, run `cpcl index` again"
+    return pictures, moved_note(folder, paths, place) or changed + "links since, run `cpcl index` again"

@@ -73,7 +73,10 @@ class Index:
                 ) from None
             if digest(weights) != self.manifest.weights:
                 raise UserError(f"{weights} holds other weights than the index: build the index again")
-            self._encoder = load_run(self.manifest.run)
+            encoder = load_run(self.manifest.run)
+            if encoder.width != self.manifest.width:
+                raise UserError(f"{weights} makes other vectors than the index holds: build the index again")
+            self._encoder = encoder
         return self._encoder
 
 # %% ../../nbs/search/07_index.ipynb #2cc08ff2
@@ -221,17 +224,18 @@ def show(
 
     if not len(found):
         return ranked_lists(["nothing found"], [[]], height=height)
+    found = found.reset_index(drop=True)
     pictures, note = read_found(self.manifest.folder, found.path)
     if not any(pictures):
         raise UserError(note)
     if note:
         warnings.warn(note, stacklevel=2)
     grey = Image.new("RGB", (40, 100), "lightgrey")
-    drawn = pd.Series([p or grey for p in pictures], index=found.index, dtype=object)
+    drawn = [p or grey for p in pictures]
     lists = [g for _, g in found.groupby("query", sort=False, dropna=False)]
     return ranked_lists(
         [q if isinstance(q := g["query"].iloc[0], str) else "more like this" for g in lists],
-        [drawn[g.index].tolist() for g in lists],
+        [[drawn[i] for i in g.index] for g in lists],
         scores=[g.score.tolist() for g in lists],
         height=height,
     )

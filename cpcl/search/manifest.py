@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'LONGEST', 'MANY', 'StoredFile', 'Manifest', 'write_manifest', 'read_manifest', 'is_index', 'publish']
 
 # %% ../../nbs/search/02_manifest.ipynb #b46dc326
-import re
+import json, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -55,15 +55,6 @@ class Manifest:
             values.pop("previous")
         return values
 
-# %% ../../nbs/search/02_manifest.ipynb #f1159d4a
-def write_manifest(
-    folder,  # of the index
-    manifest: Manifest,  # what the index says about itself
-):
-    "Write `manifest.json`, renamed into place."
-    with atomic_path(Path(folder) / "manifest.json") as t:
-        t.write_text(json_text(manifest.as_json(), indent=1), encoding="utf8")
-
 # %% ../../nbs/search/02_manifest.ipynb #bb37397a
 LONGEST = 4096  # characters of a text
 MANY = 1000  # columns, and values of one
@@ -105,7 +96,7 @@ def _states(value, what):
             raise UserError(f"an entry of {what} must be [path, size, mtime_ns], got {short(state)}")
         _text(state[0], f"a path of {what}")
         _whole(state[1], f"a size of {what}", -1)
-        _whole(state[2], f"a time of {what}", -(2**62))
+        _whole(state[2], f"a time of {what}", -(2**63), 2**63)
 
 # %% ../../nbs/search/02_manifest.ipynb #713a000a
 def _name(value, what):
@@ -155,6 +146,20 @@ def _check(said):
         raise UserError(f"collection must be letters, digits and _, got {short(said['collection'])}")
     if not said["store"] and (set(said["files"]) != {"vectors", "rows"} or said["recall"] is None):
         raise UserError("files must be those of vectors and rows, with a recall")
+
+# %% ../../nbs/search/02_manifest.ipynb #f1159d4a
+def write_manifest(
+    folder,  # of the index
+    manifest: Manifest,  # what the index says about itself
+):
+    "Write `manifest.json`, renamed into place. Raises UserError if it could not be read again."
+    text = json_text(manifest.as_json(), indent=1)
+    try:
+        _check(json.loads(text))
+    except UserError as e:
+        raise UserError(f"the index cannot be written: {e}") from None
+    with atomic_path(Path(folder) / "manifest.json") as t:
+        t.write_text(text, encoding="utf8")
 
 # %% ../../nbs/search/02_manifest.ipynb #db6fcdab
 def read_manifest(
