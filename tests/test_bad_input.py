@@ -1122,6 +1122,47 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
+def test_every_name_of_a_model_is_built_or_refused_in_one_line(monkeypatch, promise):
+    "All names that open_clip lists, and names that it would fetch: nothing asks the network."
+    import open_clip, socket
+
+    from cpcl.core import UserError
+    from cpcl.encoder.towers import Encoder
+
+    def asked(*args, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", asked)
+    strange = [
+        "hf-hub:laion/CLIP-ViT-B-32",
+        "local-dir:/tmp",
+        "timm/ViT-B-16",
+        "",
+        "\x1b[2J",
+        "../x",
+        "TINY",
+        "x" * 9999,
+    ]
+    names = [*open_clip.list_models(), *strange]
+    promise("every model name is built, or refused in one line", cases=len(names))
+    built = 0
+    for name in names:
+        vision = (open_clip.get_model_config(name) or {}).get("vision_cfg", {}) if name not in strange else {}
+        patch = vision.get("patch_size")
+        size = (16 * patch, 8 * patch) if isinstance(patch, int) else (384, 128)
+        try:
+            with torch.device("meta"):
+                encoder = Encoder(name, size).eval()
+                words = torch.ones(2, 12, dtype=torch.long)
+                image, text = encoder(torch.zeros(2, 3, *size), words)
+            assert image.shape == text.shape == (2, encoder.width)
+            built += 1
+        except UserError as e:
+            assert "\n" not in str(e) and len(str(e)) < 500 and str(e).isprintable()
+    assert 30 <= built < len(names)
+
+
 @pytest.mark.parametrize("group, case", CASES)
 def test_bad_input_is_one_line(group, case, things, tmp_path, monkeypatch, quiet, promise):
     promise(f"bad input: {group}")

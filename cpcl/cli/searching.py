@@ -45,7 +45,10 @@ class Index:
             self.workers,
             store=self.store,
         )
-        print(f'next: cpcl search {shlex.quote(self.out)} "a woman in a red coat with a black backpack"')
+        from cpcl.files import printable
+
+        place = printable(shlex.quote(self.out))
+        print(f'next: cpcl search {place} "a woman in a red coat with a black backpack"')
         return 0
 
 # %% ../../nbs/cli/03_searching.ipynb #fe61e59e
@@ -75,7 +78,7 @@ def _plain(table):
     from cpcl.files import printable
 
     texts = {c: table[c].map(printable) for c in table if c not in ("rank", "score")}
-    return table.assign(**texts).to_string(index=False)
+    return table.assign(**texts).rename(columns=printable).to_string(index=False)
 
 # %% ../../nbs/cli/03_searching.ipynb #2b2d7435
 @dataclass

@@ -109,6 +109,8 @@ _STARTS = {  # first bytes without blanks, in small letters -> what the file is
     b"{": _JSON,
     b"[": _JSON,
 }
+_OURS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"P6", b"P5")
+_UNKNOWN = "its format is none that is read here: save it as JPEG or PNG, get the file again, or remove it"
 _OTHER_KINDS = {  # first bytes -> the name of the format
     b"%PDF": "a PDF",
     b"%!PS": "PostScript",
@@ -139,7 +141,7 @@ def _what_is(
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if start.startswith(mark)), None)
     if kind:
         return f"it is {kind}: save it as JPEG or PNG, or remove it"
-    return _DAMAGED
+    return _DAMAGED if start.startswith(_OURS) else _UNKNOWN
 
 
 def _what_ftyp_is(brand):

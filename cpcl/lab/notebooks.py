@@ -34,8 +34,8 @@ def run_notebook(
     "Train what a notebook has no record of and write it with its outputs. Raises UserError (nbclient)."
     try:
         import nbformat, nbclient
-    except ImportError:
-        raise UserError("to run a notebook, install nbclient (it comes with jupyterlab)") from None
+    except ImportError as e:
+        raise UserError(f"to run a notebook, install nbclient, which comes with jupyterlab ({e})") from None
 
     class Live(nbclient.NotebookClient):
         def output(self, outs, msg, display_id, cell_index):

@@ -21,7 +21,7 @@ from ..data.images import CLIP_MEAN, CLIP_STD
 from ..data.tokens import tokenize
 from ..encoder.towers import Encoder, EncoderConfig
 from ..encoder.weights import load_encoder, save_encoder
-from ..files import claimed, read_json, write_json
+from ..files import claimed, expect, read_json, write_json
 from ..eval.label_quality import label_quality
 from ..eval.scores import score_queries
 from ..losses import itc
@@ -239,10 +239,12 @@ def _write_card(folder, people):
     encoder = load_encoder(EncoderConfig(pretrained=str(folder / "model.safetensors")))
     found = {style: probe(encoder, style, people) for style in ("studio", "street")}
     write_json(folder / "card.json", found)
-    recipe = read_json(folder / "log.json")["config"]
+    recipe = expect(read_json(folder / "log.json").get("config"), dict, f"{folder / 'log.json'}: config")
     numbers = [k for k in found["street"] if k not in ("style", "people")]
     rows = "\n".join(f"| {k} | {found['studio'][k]} | {found['street'][k]} |" for k in numbers)
-    facts = {k: recipe[k] for k in ("samples", "people", "seed")}
+    facts = {
+        k: expect(recipe.get(k), int, f"{folder / 'log.json'}: {k}") for k in ("samples", "people", "seed")
+    }
     card = folder / "README.md"
     with atomic_path(card) as part:
         part.write_text(CARD.format(rows=rows, n=people, **facts), encoding="utf8")

@@ -194,14 +194,25 @@ def _restore(cfg, encoder, run, resume, device, log):
     if "history" not in facts:
         raise UserError(f"{run} was started by a version whose states hold no history: give another --out")
     fill_state(tensors, encoder, optimizer)
-    try:
-        history = [EpochRow.from_dict(row) for row in facts["history"]]
-    except (TypeError, ValueError, KeyError, AttributeError):
-        raise UserError(
-            f"the history in {run / 'state.safetensors'} is damaged: give another --out"
-        ) from None
+    history = _history(facts, run)
     once(lambda: _repair(run, encoder, history))
     return encoder, optimizer, history
+
+
+def _history(facts, run):
+    "The epochs that a state tells of. Raises UserError unless they are 0, 1, ... with numbers where needed."
+    try:
+        rows = [EpochRow.from_dict(row) for row in facts["history"]]
+        for epoch, row in enumerate(rows):
+            if expect(row.epoch, int, "epoch") != epoch or not 0 <= (row.best_epoch or 0) < len(rows):
+                raise ValueError(epoch)
+            for value in row.val.values():
+                expect(value, float, "val")
+        if rows:
+            return rows
+    except (TypeError, ValueError, KeyError, AttributeError):
+        pass
+    raise UserError(f"the history in {run / 'state.safetensors'} is damaged: give another --out")
 
 
 def _repair(run, encoder, history):
