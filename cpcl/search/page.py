@@ -8,7 +8,6 @@ __all__ = ['MAX_UPLOAD_PIXELS', 'THUMBNAIL', 'FAILED', 'MOVED', 'Query', 'Answer
 # %% ../../nbs/search/11_page.ipynb #6c553eb5
 import os, re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlencode
 
