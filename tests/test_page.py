@@ -202,7 +202,8 @@ def test_the_browser_keeps_nothing_and_asks_nobody_else(browser, served):
     shows(page, 12)
     assert asked == {served[1].split("/")[2]}
     assert page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 0]
-    assert page.evaluate("indexedDB.databases()") == [] and page.context.cookies() == []
+    assert page.evaluate("indexedDB.databases()") == []
+    assert all(c["name"].startswith("cpcl-") and c["httpOnly"] for c in page.context.cookies())
     sources = page.evaluate("[...document.querySelectorAll('#found img')].map(i => i.src.slice(0, 23))")
     assert set(sources) == {"data:image/jpeg;base64,"}
     page.close()

@@ -9,7 +9,6 @@ __all__ = ['MAX_UPLOAD', 'MAX_HELD', 'Served', 'serve']
 import contextlib, getpass, os, signal, socket, sys, threading, time
 
 from ..core import UserError
-from .gallery import moved_note
 from .gate import Gate
 from .layout import CSS, build_page, import_gradio
 from .private import PRIVATE, held_bytes, keep_empty, log_line
@@ -91,15 +90,22 @@ class _Server:
         config = uvicorn.Config(
             app, ws="none", proxy_headers=False, server_header=False, timeout_graceful_shutdown=1, **quiet
         )
-        self.server, self.sock = uvicorn.Server(config), sock
-        self.thread = threading.Thread(target=self.server.run, kwargs=dict(sockets=[sock]), daemon=True)
+        self.server, self.sock, self.done = uvicorn.Server(config), sock, threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self):
+        "Answer until stopped, then set `done`: an interrupted `join` would take this for ended."
+        try:
+            self.server.run(sockets=[self.sock])
+        finally:
+            self.done.set()
 
     def start(self):
         "Wait until it answers. Raises UserError if it does not within half a minute."
         self.thread.start()
         deadline = time.monotonic() + 30
         while not self.server.started:
-            if not self.thread.is_alive() or time.monotonic() > deadline:
+            if self.done.is_set() or time.monotonic() > deadline:
                 raise UserError("the page's server did not start")
             time.sleep(0.01)
 
@@ -107,7 +113,7 @@ class _Server:
         "Stop answering."
         self.server.should_exit = True
         if self.thread.ident:
-            self.thread.join(10)
+            self.done.wait(10)
         self.sock.close()
 
 # %% ../../nbs/search/13_app.ipynb #dc758d11
@@ -120,8 +126,10 @@ class Served:
         sock: socket.socket,  # listens
         names: Names,  # of the page
         password: str,  # empty: nobody has to log in
+        address: str,  # for a browser
     ):
-        self.names, self._stop, self._closed = names, threading.Event(), False
+        self.names, self.address = names, address
+        self._stop, self._closed = threading.Event(), False
         folder = PRIVATE.path
         gate = Gate(_gradio_app(blocks), names, password, lambda: held_bytes(folder) < MAX_HELD)
         self._server = _Server(gate, sock)
@@ -135,8 +143,8 @@ class Served:
 
     def wait(self):
         "Wait until the server ends, which it does not do by itself."
-        while self._server.thread.is_alive():
-            self._server.thread.join(0.2)
+        while not self._server.done.wait(0.2):
+            pass
 
     def close(self):
         "Stop answering and remove the folder."
@@ -193,7 +201,7 @@ def _start(index, host, port, password):
         index.encoder  # weights are checked before anybody asks
         sock = _listen(host, port)
         names = names_of(host, sock.getsockname()[1], listed)
-        served = Served(blocks, sock, names, password)
+        served = Served(blocks, sock, names, password, _address(host, names.port))
     except BaseException:
         PRIVATE.leave()
         raise
@@ -216,9 +224,6 @@ def serve(
     Raises UserError if others could reach it without a password, or the address is taken (Gradio)."""
     with _ended_by_signals() if block else contextlib.nullcontext():
         served = _start(index, host, port, password)
-        served.address = _address(host, served.names.port)
-        if note := moved_note(index.manifest.folder):
-            log_line(note)
         if block:
             with served:
                 print(f"the page is at {served.address} (Ctrl-C stops it)", flush=True)

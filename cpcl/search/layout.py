@@ -6,13 +6,14 @@
 __all__ = ['EXAMPLES', 'FOOTER', 'CSS', 'DIRECT', 'import_gradio', 'Controls', 'data_url', 'build_page']
 
 # %% ../../nbs/search/12_layout.ipynb #d0db189d
-import base64, contextlib, importlib, io, os
+import base64, contextlib, io, os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError
+from ..core import need
 from ..files import printable
+from .gallery import moved_note
 from .index import MAX_QUERY
 from .page import Answer, Page, Query, link, unlink
 from .private import PRIVATE, log_line, place
@@ -34,12 +35,7 @@ def import_gradio():
     "The module gradio. Raises UserError with the reason if it cannot be imported (Gradio)."
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     with _environment(NO_PROXY="*", no_proxy="*"):
-        try:
-            return importlib.import_module("gradio")
-        except Exception as e:
-            if isinstance(e, ModuleNotFoundError) and e.name == "gradio":
-                raise UserError("for the page, install gradio, or cpcl[app]") from None
-            raise UserError(f"the page needs gradio, which cannot be imported: {printable(e)}") from None
+        return need("gradio", "app")
 
 # %% ../../nbs/search/12_layout.ipynb #9ce59d89
 EXAMPLES = (
@@ -262,7 +258,7 @@ def _forget(session):
 
 
 def _careful(gr, process, folder):
-    "`Blocks.process_api`, which keeps nothing and says nothing."
+    "`Blocks.process_api`, which keeps no value and logs none."
 
     async def process_api(block_fn, inputs, state=None, *args, **kwargs):
         "As Gradio's."
@@ -279,13 +275,11 @@ def _careful(gr, process, folder):
     return process_api
 
 # %% ../../nbs/search/12_layout.ipynb #5612272d
-def build_page(
-    index,  # an `Index`
-):  # a gradio Blocks, to be served
-    "The search page over an index. Raises UserError if gradio is not installed (Gradio)."
-    gr = import_gradio()
-    folder = PRIVATE.enter().resolve()  # before Gradio looks for a place of its own
+def _page(gr, index, folder):
+    "The Blocks of a page that keeps its files in a folder."
     page = Page(index)
+    if note := moved_note(index.manifest.folder):
+        page.report(note)
     with gr.Blocks(title="Find a person by a sentence", analytics_enabled=False) as blocks:
         c = _layout(gr, page)
         _on_search(gr, page, c)
@@ -294,3 +288,16 @@ def build_page(
     blocks.state_session_capacity = 200  # visitors whose pictures' paths are remembered
     blocks.process_api = _careful(gr, blocks.process_api, folder)
     return blocks
+
+
+def build_page(
+    index,  # an `Index`
+):  # a gradio Blocks, to be served
+    "The search page over an index. Raises UserError if gradio is not installed (Gradio)."
+    gr = import_gradio()
+    folder = PRIVATE.enter().resolve()  # before Gradio looks for a place of its own
+    try:
+        return _page(gr, index, folder)
+    except BaseException:
+        PRIVATE.leave()
+        raise

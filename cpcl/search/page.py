@@ -8,7 +8,6 @@ __all__ = ['MAX_UPLOAD_PIXELS', 'THUMBNAIL', 'FAILED', 'MOVED', 'Query', 'Answer
 # %% ../../nbs/search/11_page.ipynb #6c553eb5
 import os, re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlencode
 
@@ -65,7 +64,7 @@ class Page:
         self,
         index,  # an `Index`
     ):
-        self.index, self.line, self.told = index, Line(), set()
+        self.index, self.line, self.reported = index, Line(), set()
         values = {c: index.values(c) for c in index.columns}
         self.filters = {c: v for c, v in values.items() if v}  # column -> its values
 
@@ -76,17 +75,17 @@ class Page:
         "The filters that are set."
         return {c: v for c, v in zip(self.filters, query.values) if v not in ("", "any")}
 
-    def tell(
+    def report(
         self,
         text: str,  # for whoever started the page
     ):
         "Write a line to the terminal, once, and no more than a thousand of them."
-        if text not in self.told and len(self.told) < 1000:
-            self.told.add(text)
+        if text not in self.reported and len(self.reported) < 1000:
+            self.reported.add(text)
             log_line(text)
 
 # %% ../../nbs/search/11_page.ipynb #646a131c
-FAILED = "The search failed. Whoever started the page sees why."
+FAILED = "The search failed. The terminal from which the page was started says why."
 _OF_THE_MACHINE = re.compile(r"[/\\]|\w:\d|\d+\.\d+\.\d+\.\d+")  # a path, a port or an address
 
 
@@ -127,7 +126,7 @@ def _read_upload(file):
     raise UserError(f"the upload has more than {MAX_UPLOAD_PIXELS:,} pixels")
 
 # %% ../../nbs/search/11_page.ipynb #33e44b90
-MOVED = "The images of this index have been moved. Whoever runs the page can start it with --folder."
+MOVED = "The images of this index have been moved. The operator can start the page with --folder."
 
 
 @patch
@@ -135,7 +134,7 @@ def _pictures(self: Page, found):
     "The pictures of a list with their captions, and their paths. What cannot be shown is left out."
     pictures, note = read_found(self.index.manifest.folder, found.path, THUMBNAIL)
     if note:
-        self.tell(note)
+        self.report(note)
     shown = [(im, r) for im, r in zip(pictures, found.itertuples()) if im is not None]
     captions = [f"{rank} · {r.score:.2f}" for rank, (_, r) in enumerate(shown, 1)]
     return [(im, text) for (im, _), text in zip(shown, captions)], [r.path for _, r in shown]
@@ -143,7 +142,7 @@ def _pictures(self: Page, found):
 
 @patch
 def _line(self: Page, found, paths, query):
-    "What the reader is told about a list."
+    "The line above a list."
     lost = f"{len(found) - len(paths)} of {len(found)} images found cannot be shown."
     if not paths and len(found):
         return MOVED if moved_note(self.index.manifest.folder) else lost
@@ -163,7 +162,7 @@ def _answer(self: Page, search, query, client):
     except Exception as e:
         shown = _for_the_reader(e) if isinstance(e, UserError) else ""
         if not shown:
-            self.tell(_for_the_operator(e, query))
+            self.report(_for_the_operator(e, query))
         return Answer([], [], shown or FAILED)
     return Answer(pictures, paths, self._line(found, paths, query))
 

@@ -192,7 +192,7 @@ MAX_LOGINS, LOGIN_SECONDS = 1000, 12 * 3600
 
 
 class Logins:
-    "Who has given the password: a cookie each, forgotten after twelve hours or when the page stops."
+    "The visitors who gave the password, a cookie each. Forgotten after twelve hours, and with the page."
 
     def __init__(
         self,
@@ -204,15 +204,15 @@ class Logins:
         self,
         form: dict,  # name -> list of values
     ) -> bool:
-        "Compare user and password, in a time that tells nothing."
+        "Compare user and password, in the same time whatever was given."
         user, given = (form.get(name, [""])[0].encode() for name in ("username", "password"))
         same = hmac.compare_digest(given, self.password.encode())
         return hmac.compare_digest(user.strip() or b"cpcl", b"cpcl") and same
 
     def new(self) -> str:  # the cookie's value
-        "Somebody has logged in."
+        "Somebody has logged in, or need not."
         token, self.count = secrets.token_urlsafe(32), self.count + 1
-        self.known[token] = (f"login {self.count}", time.monotonic() + LOGIN_SECONDS)
+        self.known[token] = (f"visitor {self.count}", time.monotonic() + LOGIN_SECONDS)
         if len(self.known) > MAX_LOGINS:
             self.known.popitem(last=False)
         return token
@@ -220,7 +220,7 @@ class Logins:
     def who(
         self,
         token: str,  # the cookie's value
-    ) -> str:  # e.g. "login 3", empty for nobody
+    ) -> str:  # e.g. "visitor 3", empty for nobody
         "Whose cookie this is."
         name, until = self.known.get(token, ("", 0))
         return name if time.monotonic() < until else ""
