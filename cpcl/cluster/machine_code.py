@@ -179,7 +179,7 @@ class OnDisk:
 
     disable = flush = enable
 
-
+# %% ../../nbs/30_cluster/09_machine_code.ipynb #484c1de8
 def machine_code(
     fn,  # a function in the subset of Python that numba compiles
     **options,  # of `numba.njit`; not `cache`
@@ -220,20 +220,20 @@ if hasattr(os, "register_at_fork"):
 
 # %% ../../nbs/30_cluster/09_machine_code.ipynb #e4e1031f
 def forked() -> bool:
-    "Whether this process is a fork of one that may have started threads, so that waiting for them is for ever."
+    "Whether this process is a fork of one that may have started threads, for which it would wait for ever."
     return _Process.forked
 
 
 @contextlib.contextmanager
 def all_cores():
-    """While this lasts, this thread may run loops on all cores, and afterwards torch has as many threads as before.
+    """While this lasts, this thread may run loops on all cores. Afterwards torch has its own threads again.
 
     Raises UserError in a process that was forked from one whose threads it would need.
     """
     if _Process.lost == "omp":
         raise UserError(
-            "this process was forked from one that had clustered, and has none of its threads: start processes "
-            'with multiprocessing.get_context("spawn"), or cluster only before or only after the fork'
+            "this process was forked from one that had clustered, and has none of its threads: start it with "
+            'multiprocessing.get_context("spawn"), or cluster only before or only after the fork'
         )
     threads = torch.get_num_threads()
     with _Process.turn:

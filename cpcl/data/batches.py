@@ -9,13 +9,14 @@ __all__ = ['epoch_order', 'global_batches', 'share_of', 'ImageRows', 'CaptionRow
 # %% ../../nbs/10_data/05_batches.ipynb #f5dfd5f1
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..core import UserError, keyed_rng
 from .augment import AugmentConfig, augment
 from .images import PixelCache, to_tensor
 from .read import Split
 from .tokens import token_lengths, tokenize
+from .workers import Loader
 
 # %% ../../nbs/10_data/05_batches.ipynb #9882544e
 def epoch_order(
@@ -81,6 +82,7 @@ class ImageRows(Dataset):
         if self.cache.size != tuple(size) or self.cache.split.images != split.images:
             held = f"{self.cache.split} at {self.cache.size}"
             raise ValueError(f"the cache holds {held}, not {split} at {tuple(size)}")
+        self.row_bytes = 4 * 3 * size[0] * size[1] + 8  # in a batch
 
     def __len__(self):
         return len(self.cache)
@@ -98,6 +100,7 @@ class CaptionRows(Dataset):
         context_length: int = 77,  # places of the text tower
     ):
         self.tokens = tokenize(split.captions, context_length)
+        self.row_bytes = 8 * context_length + 8
 
     def __len__(self):
         return len(self.tokens)
@@ -122,6 +125,7 @@ class PairRows(Dataset):
         self.images = ImageRows(split, size, cache)
         self.image_of, self.tokens = split.image_of, tokenize(split.captions, context_length)
         self.augment, self.seed, self.epoch = augment, seed, epoch
+        self.row_bytes = self.images.row_bytes + 8 * context_length + 8
 
     def __len__(self):
         return len(self.tokens)
@@ -149,14 +153,8 @@ def collate(
 
 # %% ../../nbs/10_data/05_batches.ipynb #1546d70b
 def _loader(data, workers, **sampling):
-    return DataLoader(
-        data,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),
-        **sampling,
-    )
+    own = torch.Generator()
+    return Loader(data, collate, workers, pin_memory=torch.cuda.is_available(), generator=own, **sampling)
 
 
 def _encoding_loader(data, batch_size, workers, order):
@@ -172,7 +170,7 @@ def image_loader(
     cache: PixelCache = None,  # of the same split and size
     rank: int = 0,  # this process, 0..world-1
     world: int = 1,  # processes that share the images
-) -> DataLoader:  # batches of `image`, `row`
+) -> Loader:  # batches of `image`, `row`
     "Each image once, for encoding. Raises UserError if `batch_size` is below 1."
     data = ImageRows(split, size, cache)
     return _encoding_loader(data, batch_size, workers, torch.arange(len(data))[rank::world])
@@ -185,7 +183,7 @@ def caption_loader(
     context_length: int = 77,  # places of the text tower
     rank: int = 0,  # this process, 0..world-1
     world: int = 1,  # processes that share the captions
-) -> DataLoader:  # batches of `tokens`, `row`, short captions first
+) -> Loader:  # batches of `tokens`, `row`, short captions first
     "Each caption once, for encoding, sorted by length. Raises UserError if `batch_size` is below 1."
     data = CaptionRows(split, context_length)
     by_length = torch.argsort(token_lengths(data.tokens), stable=True)
@@ -206,7 +204,7 @@ def pair_loader(
     world: int = 1,  # processes that share each batch
     groups=None,  # int64 `[M]`, the cluster of each caption, -1 = none
     captions_per_cluster: int = 1,  # captions of a cluster that follow one another
-) -> DataLoader:  # batches of `image`, `tokens`, `image_row`, `caption_row`
+) -> Loader:  # batches of `image`, `tokens`, `image_row`, `caption_row`
     "One training epoch: each caption once with its image. Raises UserError if `batch_size` is below 1."
     data = PairRows(split, size, augment, seed, epoch, cache, context_length)
     batches = global_batches(len(data), batch_size, seed, epoch, groups, captions_per_cluster)
