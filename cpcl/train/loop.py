@@ -70,9 +70,7 @@ def fit(
         once(lambda: _open(run, cfg, data or data_facts(train), resume, hooks))
         encoder, optimizer, history = _restore(cfg, encoder, run, resume, device, log)
         model, writer = accelerator.prepare_model(encoder), _TensorBoard(run) if first else None
-        pixels = (
-            cache if isinstance(cache, PixelCache) else PixelCache(train, encoder.image_size, cache=cache)
-        )
+        pixels = _pixels(cache, train, encoder.image_size)
         for epoch in range(len(history), cfg.optim.epochs):
             watch, report, judged = Stopwatch(), None, {}
             memories = no_memories(len(train.images), len(train.captions), encoder.width, device)
@@ -162,6 +160,11 @@ def _check_finite(features, train):
             )
 
 # %% ../../nbs/80_train/03_loop.ipynb #dd63bee8
+def _pixels(cache, train, size):
+    "A `PixelCache` of the training images: the given one, or a new one that keeps them or not."
+    return cache if isinstance(cache, PixelCache) else PixelCache(train, size, cache=cache)
+
+
 def _silent(line):
     "Processes other than the first log nothing."
 

@@ -47,7 +47,7 @@ def weights_of(
     path = fetch(encoder)
     return digest(path)[:16] if path else ""
 
-# %% ../../nbs/80_train/11_start.ipynb #a696124a
+# %% ../../nbs/80_train/11_start.ipynb #5b637a64
 def _flat(d, pre=""):
     "Nested dict to dotted names."
     return {
@@ -68,7 +68,7 @@ def _command(run):
     except (UserError, KeyError, TypeError, IndexError, AttributeError):
         return ""
 
-
+# %% ../../nbs/80_train/11_start.ipynb #a696124a
 def _check_settings(run, cfg, hooks):
     "Raises UserError if a run has other settings, another loss or another label source."
     old = _flat(config_dict(read_config(run))) | read_hooks(run)
