@@ -194,8 +194,12 @@ def _missing_error(lacking, beside, found, device, file, total):
 # %% ../../nbs/lab/04_grid.ipynb #cb0d3693
 def _wanted(specs, root, schedule, encoder):
     "Specs with the settings and the code that they come to."
-    name, images, modules = detect(root), len(load_split(root, split="train").images), read_modules()
-    cfgs = [make_config(s.preset, schedule, name, images, encoder, s.seed, s.changes) for s in specs]
+    name, train, modules = detect(root), load_split(root, split="train"), read_modules()
+    sizes = dict(images=len(train.images), captions=len(train.captions))
+    cfgs = [
+        make_config(s.preset, schedule, name, encoder=encoder, seed=s.seed, changes=s.changes, **sizes)
+        for s in specs
+    ]
     return [Wanted(s, cfg, run_code(cfg, *s.hooks, modules)) for s, cfg in zip(specs, cfgs)]
 
 

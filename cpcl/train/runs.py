@@ -104,7 +104,7 @@ def train_run(
     name = name or detect(root)
     train = load_split(root, name, "train")
     held_out = {s: load_split(root, name, s) for s in ("val", "test") if has_split(root, name, s)}
-    cfg = make_config(preset, schedule, name, len(train.images), encoder, seed, changes)
+    cfg = make_config(preset, schedule, name, len(train.images), encoder, seed, changes, len(train.captions))
     size = cfg.encoder.image_size
     caches = {s: PixelCache(split, size, cache=cache) for s, split in (held_out | {"train": train}).items()}
 
@@ -121,6 +121,7 @@ def train_run(
     if first:
         if note := cut_note(train.captions):
             log(f"note: {note}")
+        _say_counts(cfg, train, log)
         _read_images(caches.values())
     held = _validate if "val" in held_out else None
     fit(cfg, train, run, held, quality, truth, resume, caches["train"], workers, log, loss, labels, data)
@@ -143,6 +144,17 @@ def _check(cfg, train, truth, root):
             f"the supervised preset needs people in the annotation, and {root} has none: "
             "take another --preset"
         )
+
+
+def _say_counts(cfg, train, log):
+    "Log which counts the clustering takes, and from what they follow."
+    if cfg.labels.source in ("clusters", "image"):
+        three = [
+            f"k1 {c.k1}, k2 {c.k2}, min_samples {c.min_samples}"
+            for c in (cfg.labels.image, cfg.labels.caption)
+        ]
+        per_image = len(train.captions) / len(train.images)
+        log(f"clustering, at {per_image:.2g} captions per image: images {three[0]}; captions {three[1]}")
 
 
 def _read_images(caches):
