@@ -28,7 +28,7 @@ export NUMBA_CACHE_DIR := $(CURDIR)/.cache/numba
 test: install ## what decides whether a change lands
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 	$(BIN)/nbdev_test --n_workers 2
 
 test-all: test ## also what is marked slow, the tutorials and the ablation notebooks

@@ -1,4 +1,7 @@
-"Killed, stopped, out of disk, a damaged file: a resumed run ends like an uninterrupted one, bit for bit."
+"""Killed, stopped, out of disk, a damaged file: a resumed run ends like an uninterrupted one, bit for bit.
+
+The folder for machine code is empty at first, and empty again for the interrupted runs, two at a time.
+"""
 
 import json, multiprocessing, os, random, resource, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +46,8 @@ def _patched(target, act):
     honest, count = getattr(owner, attribute), [0]
 
     def _wrapper(*args, **kwargs):
+        if attribute == "replace" and str(args[1]).endswith((".nbi", ".nbc")):
+            return honest(*args, **kwargs)  # machine code, which is written in the first run only
         count[0] += 1
         act(count[0], "before", args)
         found = honest(*args, **kwargs)
@@ -106,16 +111,22 @@ def _train(words, plan=None, counts=None, after=None):
     os._exit(code)
 
 
-def start(words, log, **how):
+def start(words, log, code=None, **how):
     "A training in a process, its output in a file; imports are done before it starts, so it takes seconds."
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cpcl.cli.program", "cpcl.train.runs", "open_clip", "test_kill"])
-    process = context.Process(target=_logged, args=(words, str(log)), kwargs=how)
+    process = context.Process(target=_logged, args=(words, str(log), code or CODE["folder"]), kwargs=how)
     process.start()
     return process
 
 
-def _logged(words, log, **how):
+CODE = {}  # "folder": where a process keeps its machine code if it is not told another one
+
+
+def _logged(words, log, code, **how):
+    import numba
+
+    os.environ["NUMBA_CACHE_DIR"] = numba.config.CACHE_DIR = str(code)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -133,7 +144,7 @@ def undisturbed(tmp_path_factory):
     "The set, what a run of it leaves behind, how often each function was called, and how long it took."
     base = tmp_path_factory.mktemp("kill")
     root = write_synth(base / "set", people=12, seed=11, splits=(8, 2, 2))
-    begin = time.perf_counter()
+    begin, CODE["folder"] = time.perf_counter(), base / "code"
     with (
         pytest.MonkeyPatch.context() as patch
     ):  # the server that all processes come from has one thread: two at a time would only wait for each other
@@ -172,28 +183,25 @@ def same(run, undisturbed):
     return True
 
 
-def resume(run, undisturbed):
+def resume(run, undisturbed, code=None):
     log = run.parent / "resumed"
-    assert (
-        ended(start(["--root", str(undisturbed["root"]), "--out", str(run), "--resume", *WORDS], log)) == 0
-    ), log.read_text()
+    words = ["--root", str(undisturbed["root"]), "--out", str(run), "--resume", *WORDS]
+    assert ended(start(words, log, code)) == 0, log.read_text()
     return same(run, undisturbed)
 
 
-def kill(stage, draw, run, undisturbed):
+def kill(stage, draw, run, undisturbed, code=None):
     "Start a run, kill it in a stage at a point that `draw` chooses; where it died."
-    words = ["--root", str(undisturbed["root"]), "--out", str(run), *WORDS]
+    words, log = ["--root", str(undisturbed["root"]), "--out", str(run), *WORDS], run.parent / "log"
     if stage == BY_TIME:
-        process, wait = start(words, run.parent / "log"), draw.uniform(0.05, 0.95) * undisturbed["seconds"]
+        process, wait = start(words, log, code), draw.uniform(0.05, 0.95) * undisturbed["seconds"]
         process.join(wait)
         process.kill()
         assert ended(process) in (-9, 0)
         return f"after {wait:.2f} s"
     target, when = STAGES[stage]
     number = draw.randint(1, undisturbed["counts"][target])
-    assert ended(start(words, run.parent / "log", plan=(target, when, number))) == -9, (
-        run.parent / "log"
-    ).read_text()
+    assert ended(start(words, log, code, plan=(target, when, number))) == -9, log.read_text()
     return f"{target} call {number} of {undisturbed['counts'][target]}, {when}"
 
 
@@ -209,14 +217,14 @@ POINTS = [
 @pytest.fixture(scope="module")
 def disturbed(undisturbed, tmp_path_factory):
     "The interruptions of `make test`, two at a time: stage or signal -> a future, true if nothing was lost."
+    code = tmp_path_factory.mktemp("code")
 
     def _killed(stage, base):
-        return kill(stage, random.Random(f"{stage} 0"), base / "run", undisturbed), resume(
-            base / "run", undisturbed
-        )
+        where = kill(stage, random.Random(f"{stage} 0"), base / "run", undisturbed, code)
+        return where, resume(base / "run", undisturbed, code)
 
     def _stopped(which, base):
-        return stop(which, base / "run", undisturbed), resume(base / "run", undisturbed)
+        return stop(which, base / "run", undisturbed, code), resume(base / "run", undisturbed, code)
 
     jobs = [(_killed, s) for s in QUICK] + [(_stopped, s) for s in SIGNALS]
     with ThreadPoolExecutor(2) as pool:
@@ -239,33 +247,32 @@ def test_killed_at_more_points(stage, i, tmp_path, undisturbed, promise):
     promise(
         "a run killed at any point and resumed gives the same result.json, weights and history, bit for bit"
     )
-    print(kill(stage, random.Random(f"{stage} {i}"), tmp_path / "run", undisturbed))
-    assert resume(tmp_path / "run", undisturbed)
+    code = tmp_path / "code" if stage == BY_TIME else None
+    print(kill(stage, random.Random(f"{stage} {i}"), tmp_path / "run", undisturbed, code))
+    assert resume(tmp_path / "run", undisturbed, code)
 
 
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path, undisturbed, promise):
     promise("a run killed again and again goes on each time", cases=6)
-    draw, run = random.Random(7), tmp_path / "run"
+    draw, run, code = random.Random(7), tmp_path / "run", tmp_path / "code"
+    words = ["--root", str(undisturbed["root"]), "--out", str(run), "--resume", *WORDS]
     for _ in range(6):
-        process = start(
-            ["--root", str(undisturbed["root"]), "--out", str(run), "--resume", *WORDS], tmp_path / "log"
-        )
+        process = start(words, tmp_path / "log", code)
         process.join(draw.uniform(0.2, 0.6) * undisturbed["seconds"])
         process.kill()
         assert ended(process) in (-9, 0)
-    assert resume(run, undisturbed)
+    assert resume(run, undisturbed, code)
 
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-def stop(which, run, undisturbed):
+def stop(which, run, undisturbed, code):
     "Send a run a signal in its second epoch: it exits as it should, state intact, nothing half-written."
     log = run.parent / "log"
-    process = start(
-        ["--root", str(undisturbed["root"]), "--out", str(run), *WORDS], log, after=(0, _Later(which))
-    )
+    words = ["--root", str(undisturbed["root"]), "--out", str(run), *WORDS]
+    process = start(words, log, code, after=(0, _Later(which)))
     assert ended(process) == SIGNALS[which], log.read_text()
     said = log.read_text().splitlines()
     assert (

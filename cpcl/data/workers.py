@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SHARED', 'LOOK', 'PATIENCE', 'Failure', 'SharedBatches', 'check_room', 'Loader']
 
-# %% ../../nbs/10_data/08_workers.ipynb #d7278b67
+# %% ../../nbs/10_data/08_workers.ipynb #4d453fe8
 import contextlib, errno, multiprocessing, os, pickle, signal, sys, threading, traceback
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..core import UserError
 
-# %% ../../nbs/10_data/08_workers.ipynb #50cba771
+# %% ../../nbs/10_data/08_workers.ipynb #732c4b63
 @dataclass(frozen=True)
 class Failure:
     "What went wrong in a loader process."
@@ -66,11 +67,20 @@ def _share(tensor):
     try:
         tensor.share_memory_()
     except RuntimeError as e:
+        if _MANY_FILES in str(e):
+            raise _too_many_files() from e
         if "shared memory" not in str(e):
             raise
         raise UserError(_no_room()) from e
 
-# %% ../../nbs/10_data/08_workers.ipynb #3d15233c
+
+_MANY_FILES = os.strerror(errno.EMFILE)
+
+
+def _too_many_files():
+    return UserError("the loader processes have too many open files: raise ulimit -n, or use --workers 0")
+
+# %% ../../nbs/10_data/08_workers.ipynb #ca014edc
 SHARED = "/dev/shm"  # where Linux keeps shared memory
 
 
@@ -102,7 +112,7 @@ def check_room(
     if room and needed > room[1]:
         raise UserError(_no_room(needed))
 
-# %% ../../nbs/10_data/08_workers.ipynb #ec990e3d
+# %% ../../nbs/10_data/08_workers.ipynb #a4a914fc
 def _shared_bytes(loader):
     "The shared memory that a loader may fill, with those of the other processes that train on this machine."
     rows = loader.batch_size or max(map(len, loader.batch_sampler), default=0)
@@ -111,7 +121,7 @@ def _shared_bytes(loader):
     one = loader.dataset.data.row_bytes * min(rows, len(loader.dataset))
     return one * batches * (int(together) if together.isdigit() else 1)
 
-# %% ../../nbs/10_data/08_workers.ipynb #7f9a79ea
+# %% ../../nbs/10_data/08_workers.ipynb #b6771802
 class _Waiting:
     "How many loaders of the main thread wait for a batch."
 
@@ -148,22 +158,22 @@ def _waiting():
     finally:
         _Waiting.now -= main
 
-# %% ../../nbs/10_data/08_workers.ipynb #7728ae5b
+# %% ../../nbs/10_data/08_workers.ipynb #b56fda7c
 _BROKEN = (OSError, EOFError, pickle.UnpicklingError, multiprocessing.ProcessError)  # the way to a process
 
 
 def _explained(error):
     "The user's error that an error of torch's loader stands for, or the error itself."
     text = str(error)
-    if text.startswith("Too many open files"):
-        return UserError("the loader processes have too many open files: raise ulimit -n, or use --workers 0")
+    if _MANY_FILES in text:
+        return _too_many_files()
     if "Bus error" in text:
         return UserError(_no_room())
     if isinstance(error, _BROKEN) or text.startswith("DataLoader worker (pid"):
         return UserError("a loader process was killed (out of memory?): use fewer --workers, or --workers 0")
     return error
 
-# %% ../../nbs/10_data/08_workers.ipynb #a4ed3fd0
+# %% ../../nbs/10_data/08_workers.ipynb #72976d7a
 _STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -184,11 +194,17 @@ def _uninterrupted():
             signal.raise_signal(number)
 
 
+def _end_here(error, batch):
+    "End the process. Python would print the error and leave out the batch, and the parent would wait for it."
+    os._exit(1)
+
+
 def _in_loader_process(number):
-    "Leave Ctrl-C to the parent, and print no traceback of a connection that it has given up."
+    "Leave Ctrl-C to the parent, leave out no batch, and print nothing when the parent closes a connection."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    Queue._on_queue_feeder_error = staticmethod(_end_here)
     shown = sys.excepthook
 
     def hook(kind, error, trace):
@@ -198,7 +214,7 @@ def _in_loader_process(number):
 
     sys.excepthook = hook
 
-# %% ../../nbs/10_data/08_workers.ipynb #f548c1c6
+# %% ../../nbs/10_data/08_workers.ipynb #1589974a
 LOOK = 5  # seconds between two looks at the processes
 PATIENCE = 600  # seconds without a batch that mean there will be none
 
@@ -219,7 +235,7 @@ def _next(batches):
     wait = f"no batch from the loader processes for {PATIENCE // 60} minutes"
     raise UserError(f"{wait}: does the disk answer? If it does, use --workers 0")
 
-# %% ../../nbs/10_data/08_workers.ipynb #f21e99c1
+# %% ../../nbs/10_data/08_workers.ipynb #c45b28e7
 def _as_it_is(batch):
     return batch
 
