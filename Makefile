@@ -3,7 +3,9 @@ PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.10; do command -v python$$v && break
 BIN := .venv/bin
 NB := $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.timeout=3600
 
-RELIABLE := tests/test_kill.py tests/test_processes.py tests/test_bad_input.py tests/test_numbers.py tests/test_data.py
+RELIABLE := tests/test_kill.py tests/test_processes.py tests/test_bad_input.py tests/test_numbers.py tests/test_data.py \
+  tests/test_folders.py tests/test_gallery.py tests/test_privacy.py tests/test_machine_code.py tests/test_loaders.py \
+  tests/test_command_line.py tests/test_files_of_others.py tests/test_install.py
 
 .PHONY: install demo test test-all export readme lab docs reliability bench help
 
@@ -26,7 +28,7 @@ export NUMBA_CACHE_DIR := $(CURDIR)/.cache/numba
 test: install ## what decides whether a change lands
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 	$(BIN)/nbdev_test --n_workers 2
 
 test-all: test ## also what is marked slow, the tutorials and the ablation notebooks

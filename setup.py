@@ -34,6 +34,7 @@ setup(
             "app": ["app"],
             "docs": ["docs"],
             "export": ["export"],
+            "heic": ["heic"],
             "milvus": ["milvus"],
             "dev": ["dev", "app", "docs", "export", "milvus"],
         }.items()

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PARTIAL', 'UserError', 'seed_everything', 'keyed_rng', 'unit', 'at_least_float32', 'check_features', 'check_labels',
            'default_device', 'progress', 'Stopwatch', 'peak_memory', 'atomic_path', 'remove_partial_files',
-           'is_checkout', 'repo_root']
+           'is_checkout', 'repo_root', 'need']
 
 # %% ../nbs/01_core.ipynb #4313895d
-import contextlib, errno, os, random, re, shutil, sys, tempfile, time
+import contextlib, errno, importlib, os, random, re, shutil, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -211,3 +211,15 @@ def repo_root() -> Path | None:  # the root of the checkout, or None outside one
     "The folder of this project's checkout, found by the package's own files."
     root = Path(cpcl.__path__[0]).resolve().parent
     return root if is_checkout(root) else None
+
+# %% ../nbs/01_core.ipynb #0042a8ac
+def need(
+    package: str,  # name of a module, e.g. "onnxruntime"
+    extra: str,  # the extra of cpcl that installs it
+):  # the module
+    "Import a package that only some users need. Raises UserError with the reason if that fails."
+    try:
+        return importlib.import_module(package)
+    except (ImportError, OSError) as e:
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"cannot import {package} ({why}): pip install 'cpcl[{extra}]'") from e

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'PIECE', 'MARK', 'LOCK', 'WAIT', 'is_unicode', 'printable', 'user_path', 'short', 'parse_json',
            'read_text', 'expect', 'read_json', 'json_text', 'write_json', 'digest', 'mask_secrets', 'kind_of',
-           'claimed']
+           'check_folder', 'claimed']
 
 # %% ../nbs/01_files.ipynb #0f75cd68
-import contextlib, hashlib, json, math, os, re
+import contextlib, hashlib, json, math, os, re, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,12 +110,13 @@ def parse_json(
 
 def read_text(
     file,  # a text file in UTF-8, with or without a mark at its start
+    remedy: str = "save it as UTF-8",  # what the user can do about another encoding
 ) -> str:
     "The text of a file. Raises UserError if it is not UTF-8 or cannot be read."
     try:
         return Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{file} is not UTF-8 (byte {e.start}): save it as UTF-8") from None
+        raise UserError(f"{file} is not UTF-8 (byte {e.start}): {remedy}") from None
     except OSError as e:
         raise UserError(f"cannot read {file}: {e.strerror} (check that you may read it)") from None
 
@@ -157,7 +158,7 @@ def read_json(
     remedy: str = "remove it or get it again",  # what the user can do about a damaged one
 ):
     "The value in a JSON file. Raises UserError if it cannot be read or is not what it must be."
-    value = parse_json(read_text(file), file, remedy=remedy)
+    value = parse_json(read_text(file, remedy), file, remedy=remedy)
     try:
         return expect(value, kind, str(file))
     except UserError as e:
@@ -272,13 +273,24 @@ def _check_ours(folder, kind, ours, flag):
     )
 
 
-def _check_not_read(folder, inputs, flag):
-    "Raises UserError if the folder that will be written is one that is read."
+def check_folder(
+    folder,  # where a command will write
+    kind: str,  # as for `claimed`
+    ours=None,  # as for `claimed`
+    inputs=(),  # as for `claimed`
+    flag: str = "--out",  # as for `claimed`
+):
+    "Check that a command may write to a folder, without touching it. Raises UserError if it may not."
+    folder = user_path(folder)
     for path in inputs:
         if path and os.path.realpath(user_path(path)) == os.path.realpath(folder):
             raise UserError(f"{flag} {printable(folder)} is also what is read: give another {flag}")
+    _check_ours(folder, kind, ours, flag)
 
 # %% ../nbs/01_files.ipynb #eaa48ec4
+_HERE = threading.local()  # the folders that a thread holds
+
+
 @contextlib.contextmanager
 def claimed(
     folder,  # where a command writes; made if missing
@@ -289,8 +301,12 @@ def claimed(
 ):  # the folder as a `Path`
     "Hold a folder while it is written. Raises UserError if it is not ours, also read, or in use."
     folder = user_path(folder)
-    _check_not_read(folder, inputs, flag)
-    _check_ours(folder, kind, ours, flag)
+    held, real = vars(_HERE).setdefault("held", {}), os.path.realpath(folder)
+    if held.get(real) == kind:  # by this thread already
+        yield folder
+        return
+    check_folder(folder, kind, ours, inputs, flag)
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / LOCK, timeout=WAIT, mode=0o644).acquire()
@@ -307,4 +323,20 @@ def claimed(
         remove_partial_files(folder)
         if kind_of(folder) != kind:
             write_json(folder / MARK, dict(kind=kind, made_by="cpcl"))
-        yield folder
+        held[real] = kind
+        try:
+            yield folder
+        except BaseException:
+            if new and not _others(folder):
+                _remove_marks(folder)
+            raise
+        finally:
+            del held[real]
+
+
+def _remove_marks(folder):
+    "Remove a folder that holds nothing besides our marks."
+    for name in (MARK, LOCK):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody put something there meanwhile
+        folder.rmdir()

@@ -21,6 +21,8 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import TextLexer, get_lexer_by_name
 from pygments.util import ClassNotFound
 
+from cpcl.files import claimed
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 # what has no number, in reading order; what is not listed comes after it, by name
@@ -399,6 +401,14 @@ def site():
 made = {}  # mkdocs' name of a page, such as 40_oplm.md -> its content
 
 
+def _is_site(folder):
+    "Whether mkdocs made a folder before there were marks."
+    index = Path(folder) / "index.html"
+    return index.is_file() and 'name="generator" content="mkdocs' in index.read_text(
+        encoding="utf8", errors="replace"
+    )
+
+
 def on_config(config):
     "Read the notebooks and lay out the navigation."
 
@@ -409,6 +419,8 @@ def on_config(config):
             return [renamed(item) for item in nav]
         return {title: renamed(item) for title, item in nav.items()}
 
+    with claimed(config.site_dir, "docs", _is_site, [ROOT, NBS], "site_dir"):
+        pass  # mkdocs empties it
     pages, nav = site()
     made.clear()
     made.update({renamed(address): content for address, content in pages.items()})

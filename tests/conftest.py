@@ -36,7 +36,7 @@ def pytest_sessionfinish(session):
     "With CPCL_RECORD=FILE the promises of this session take their rows there."
     if not (file := os.environ.get("CPCL_RECORD")) or not (kept := session.config.stash.get(KEPT, {})):
         return
-    from cpcl.train.checkpoint import write_json
+    from cpcl.files import write_json
     from cpcl.train.environment import environment
 
     told = {k: v for k, v in environment().items() if k != "command"}

@@ -435,6 +435,33 @@ BAD = {
             first(file_path=3),
         ),
         Case(
+            "a table with other columns",
+            TRAIN,
+            ("captions.csv", "columns image and caption", "got photo, text"),
+            own("photo\ttext\na.jpg\ta man\n", "captions.csv"),
+        ),
+        Case(
+            "a table with a cell too many",
+            TRAIN,
+            ("captions.csv", "line 2", "more cells than columns", "quotes"),
+            own("image,caption,,\na.jpg,a man,,tall\n", "captions.csv"),
+        ),
+        Case(
+            "a name in capitals",
+            TRAIN,
+            ("1 of the 1 images", "(A.JPG)", "there is a.jpg", "names must be equal"),
+            own("image;caption\nA.JPG;a man\n", "captions.csv"),
+        ),
+        Case(
+            "two files of one name",
+            TRAIN,
+            ("two names differ only in the Unicode form", "rename one"),
+            lambda tmp: (
+                own("image,caption\n\xe9.jpg,a man\n", "captions.csv")(tmp),
+                [Image.new("RGB", (24, 48)).save(tmp / "set" / f"{n}.jpg") for n in ("\xe9", "e\u0301")],
+            ),
+        ),
+        Case(
             "no train split",
             TRAIN,
             ("has no train split", "only"),
@@ -563,7 +590,7 @@ BAD = {
         Case(
             "a folder of images that is a link to elsewhere",
             TRAIN,
-            ("is a link that points outside", "imgs", "copy it there"),
+            ("imgs is a link that points outside", "elsewhere and use --root", "copy it there"),
             at(
                 "set/imgs",
                 lambda p: (
@@ -577,6 +604,45 @@ BAD = {
             "eval {run} --root {set}",
             ("cannot read the image", ".jpg", "remove it"),
             image(cut(700), "test"),
+        ),
+        Case(
+            "a photograph of an iPhone",
+            TRAIN,
+            ("cannot read the image", ".jpg", "a HEIC photograph", "cpcl[heic]", "convert it to JPEG"),
+            image(lambda p: p.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 200)),
+        ),
+        Case(
+            "a web page",
+            TRAIN,
+            ("cannot read the image", ".jpg", "a web page", "get the file again"),
+            image(text("\ufeff  <!DOCTYPE HTML><title>404</title>")),
+        ),
+        Case(
+            "a pointer of Git LFS",
+            TRAIN,
+            ("cannot read the image", ".jpg", "git lfs pull"),
+            image(text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n")),
+        ),
+        Case(
+            "the answer of a server",
+            TRAIN,
+            ("cannot read the image", ".jpg", "JSON text", "get the file again"),
+            image(text('{"error": "rate limit"}')),
+        ),
+        Case(
+            "a drawing", TRAIN, ("cannot read the image", "an SVG drawing", "PNG"), image(text("<svg></svg>"))
+        ),
+        Case(
+            "a document",
+            TRAIN,
+            ("cannot read the image", "a PDF", "save it as JPEG"),
+            image(text("%PDF-1.7\n")),
+        ),
+        Case(
+            "a film",
+            TRAIN,
+            ("cannot read the image", "a film"),
+            image(lambda p: p.write_bytes(b"\0\0\0\x18ftypisom" + b"\0" * 99)),
         ),
         Case(
             "indexed: none that can be read",
@@ -604,10 +670,9 @@ BAD = {
         Case("a word for a number", TRAIN + " optim.epochs=three", ("optim.epochs", "'three'")),
         Case("half an epoch", TRAIN + " optim.epochs=1.5", ("optim.epochs", "1.5")),
         Case("words for a pair of numbers", TRAIN + " augment.erase_area=a,b", ("erase_area", "a,b")),
-        Case("a negative batch", TRAIN + " --batch-size -4", ("batch_size", "above 0", "-4")),
-        Case(
-            "a batch of one", TRAIN + " --batch-size 1", ("batch_size", "at least 2", "a pair needs another")
-        ),
+        Case("a negative batch", TRAIN + " --batch-size -4", ("--batch-size", "2 or more", "-4")),
+        Case("a batch of one", TRAIN + " --batch-size 1", ("--batch-size", "2 or more", "1")),
+        Case("a batch of one, by its setting", TRAIN + " optim.batch_size=1", ("at least 2", "a pair needs")),
         Case("a learning rate of NaN", TRAIN + " optim.lr=nan", ("optim.lr", "above 0", "nan")),
         Case("an infinite learning rate", TRAIN + " optim.lr=inf", ("optim.lr", "above 0", "inf")),
         Case(
@@ -625,11 +690,21 @@ BAD = {
             TRAIN + " memory.refresh=perhaps",
             ("refresh", "true or false", "'perhaps'"),
         ),
-        Case("a seed below 0", TRAIN + " --seed -1", ("seed", "0..2**32-1", "-1")),
+        Case("a seed below 0", TRAIN + " --seed -1", ("--seed", "0..4294967295", "-1")),
         Case(
             "workers below 0",
             TRAIN + " --workers -1",
-            ("--workers", "0 (decode in this process) or more", "-1"),
+            ("--workers", "0 or more", "-1"),
+        ),
+        Case(
+            "a model that is another kind",
+            TRAIN + " --model coca_ViT-B-32",
+            ("coca_ViT-B-32", "more than two towers", "choose"),
+        ),
+        Case(
+            "a model to be fetched",
+            TRAIN + " --model hf-hub:laion/CLIP-ViT-B-32",
+            ("hf-hub:laion/CLIP-ViT-B-32", "nothing is fetched", "--pretrained"),
         ),
         Case("a size that no patch divides", TRAIN + " --height 50", ("50x24", "multiple", "patch of 8")),
         Case(
@@ -680,7 +755,7 @@ BAD = {
             "doctor {set} " + "x" * 300,
             ("x" * 300, "cpcl doctor --help"),
         ),
-        Case("drawn: too few people", "synth {tmp}/out --people 2", ("people must be at least 3", "got 2")),
+        Case("drawn: too few people", "synth {tmp}/out --people 2", ("--people must be 3 or more", "got 2")),
         Case(
             "drawn: more shots than cameras",
             "synth {tmp}/out --people 9 --shots 4 99",
@@ -689,7 +764,7 @@ BAD = {
         Case(
             "drawn: into a folder with other files",
             "synth {tmp} --people 9",
-            ("holds something else", "new or empty folder"),
+            ("is not empty", "thesis.tex", "empty folder"),
             put("thesis.tex", "five years"),
         ),
         Case("an ablation that does not exist", "ablate 99_nothing", ("no notebook 99_nothing",)),
@@ -740,7 +815,7 @@ BAD = {
         Case(
             "of another width",
             TRAIN + " --pretrained {tmp}/other.pt",
-            ("other.pt", "does not fit tiny", "another shape"),
+            ("other.pt", "does not fit tiny", "table of positions", "37x64"),
             other_width,
         ),
         Case(
@@ -851,7 +926,7 @@ BAD = {
         Case(
             "exported: below a file",
             "export {run} --out {tmp}/file/out",
-            ("file", "Not a directory", "name another place"),
+            ("file", "Not a directory", "another --out"),
             put("file", "x"),
         ),
         Case(
@@ -862,7 +937,7 @@ BAD = {
         Case(
             "started in a folder with other files",
             TRAIN.replace("{tmp}/out", "{tmp}/full"),
-            ("not empty and not a run", "--out"),
+            ("is not empty", "thesis.tex", "--out"),
             put("full/thesis.tex", "five years"),
         ),
         Case(
@@ -871,13 +946,13 @@ BAD = {
         Case(
             "started below a file",
             TRAIN.replace("{tmp}/out", "{tmp}/file/out"),
-            ("file", "choose another path"),
+            ("file", "another --out"),
             put("file", "x"),
         ),
         Case(
             "started where writing is not allowed",
             TRAIN.replace("{tmp}/out", LOCKED),
-            (LOCKED.replace("{tmp}", ""), "choose another path"),
+            (LOCKED.replace("{tmp}", ""), "another --out"),
             locked,
         ),
         Case(
@@ -921,7 +996,7 @@ BAD = {
         Case(
             "a manifest without its files",
             SEARCH,
-            ("manifest.json", "damaged (files)", "build the index again"),
+            ("manifest.json", "damaged (files is missing)", "build the index again"),
             at("index/manifest.json", as_json(lambda m: {k: v for k, v in m.items() if k != "files"})),
         ),
         Case(
@@ -1001,7 +1076,7 @@ BAD = {
         Case(
             "built with a table that does not exist",
             INDEX + " --columns {tmp}/nowhere.csv",
-            ("cannot read the table", "nowhere.csv"),
+            ("cannot read", "nowhere.csv"),
         ),
         Case(
             "built with a table without paths",
@@ -1012,7 +1087,7 @@ BAD = {
         Case(
             "built with a table that is not text",
             INDEX + " --columns {tmp}/t.csv",
-            ("cannot read the table", "t.csv"),
+            ("t.csv", "not UTF-8", "save it as UTF-8"),
             put("t.csv", b"path,camera\n\xff\xfe\0,\x81\n"),
         ),
         Case(
@@ -1033,7 +1108,7 @@ BAD = {
         Case(
             "built below a file",
             "index {tmp}/crops --run {run} --out {tmp}/file/out",
-            ("file", "choose another path"),
+            ("file", "give another --out"),
             lambda tmp: (
                 put("file", "x")(tmp),
                 (tmp / "crops").mkdir(),
@@ -1045,6 +1120,47 @@ BAD = {
 CASES = [
     pytest.param(group, case, id=f"{group}: {case.name}") for group, cases in BAD.items() for case in cases
 ]
+
+
+@pytest.mark.slow
+def test_every_name_of_a_model_is_built_or_refused_in_one_line(monkeypatch, promise):
+    "All names that open_clip lists, and names that it would fetch: nothing asks the network."
+    import open_clip, socket
+
+    from cpcl.core import UserError
+    from cpcl.encoder.towers import Encoder
+
+    def asked(*args, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", asked)
+    strange = [
+        "hf-hub:laion/CLIP-ViT-B-32",
+        "local-dir:/tmp",
+        "timm/ViT-B-16",
+        "",
+        "\x1b[2J",
+        "../x",
+        "TINY",
+        "x" * 9999,
+    ]
+    names = [*open_clip.list_models(), *strange]
+    promise("every model name is built, or refused in one line", cases=len(names))
+    built = 0
+    for name in names:
+        vision = (open_clip.get_model_config(name) or {}).get("vision_cfg", {}) if name not in strange else {}
+        patch = vision.get("patch_size")
+        size = (16 * patch, 8 * patch) if isinstance(patch, int) else (384, 128)
+        try:
+            with torch.device("meta"):
+                encoder = Encoder(name, size).eval()
+                words = torch.ones(2, 12, dtype=torch.long)
+                image, text = encoder(torch.zeros(2, 3, *size), words)
+            assert image.shape == text.shape == (2, encoder.width)
+            built += 1
+        except UserError as e:
+            assert "\n" not in str(e) and len(str(e)) < 500 and str(e).isprintable()
+    assert 30 <= built < len(names)
 
 
 @pytest.mark.parametrize("group, case", CASES)
@@ -1253,10 +1369,9 @@ def test_strange_input_from_end_to_end(tmp_path, monkeypatch, quiet, promise):
     assert "run folder" in run(*TRAIN.format(set=root, tmp=tmp_path).split(" "))
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["last"]["queries"] == len(rows) and 0 <= result["last"]["R1"] <= 100
-    assert set(json.loads(run("eval", "out", "--root", str(root), "--split", "train", "--json"))) == {
-        "text to image",
-        "image to text",
-    }
+    scores = json.loads(run("eval", "out", "--split", "train", "--json"))
+    assert {"text to image", "image to text"} < set(scores)
+    assert (scores["root"], scores["split"], scores["captions"]) == (str(root), "train", len(rows))
     (root / "torn.jpg").write_bytes(b"\xff\xd8")
     printed = run("index", str(root), "--run", "out", "--out", "index")
     assert f"{len(PICTURES)} images indexed" in printed and "1 unreadable" in printed

@@ -1,6 +1,6 @@
 "What no data notebook shows: hostile input in bulk, loader processes, and the loader under accelerate."
 
-import csv, io, json, os, subprocess, sys
+import csv, html, io, json, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ from cpcl.core import UserError
 from cpcl.data.augment import AugmentConfig, augment
 from cpcl.data.batches import collate, image_loader, pair_loader
 from cpcl.data.doctor import doctor
-from cpcl.data.images import PixelCache, read_image
+from cpcl.data.images import IMAGE_SUFFIXES, PixelCache, pixels_of, read_image
 from cpcl.data.parse import ANNOTATIONS, SPLIT_NAMES
 from cpcl.data.read import Split, load_person, load_split
-from cpcl.data.tokens import caption_lengths, token_lengths, tokenize
+from cpcl.data.tokens import caption_lengths, cut_captions, has_control_words, token_lengths, tokenize
+from cpcl.data.tokens import unseen_text
 
 EASY = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 anything = st.recursive(
@@ -226,7 +227,180 @@ def test_damaged_images_end_in_one_line(tmp_path_factory, noise, where, form, pr
         assert str(file) in str(e) and "\n" not in str(e)
 
 
-sentences = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
+MODES = "1 L P RGB RGBA CMYK YCbCr LAB HSV I F LA PA RGBX RGBa La I;16 I;16B".split()
+FORMATS = {  # suffix -> modes that it holds
+    "png": "1 L LA I;16 P RGB RGBA".split(),
+    "jpg": "L RGB CMYK".split(),
+    "tif": "1 L LA P RGB RGBA CMYK LAB I F I;16".split(),
+    "webp": "RGB RGBA".split(),
+    "gif": "L P".split(),
+    "avif": "RGB RGBA".split(),
+    "jp2": "L LA RGB RGBA".split(),
+}
+PAINTED = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 12, 4), np.uint8), "RGBA")
+
+
+def in_mode(mode):
+    "A picture in a mode of Pillow's, transparent in places where the mode allows it."
+    if mode in ("I", "I;16", "I;16B"):
+        return Image.fromarray(np.asarray(PAINTED)[..., 0].astype(np.int32) * 200).convert(mode)
+    if mode == "PA":
+        return PAINTED.convert("LA").convert("PA")
+    steps = {"LAB": ["RGB"], "HSV": ["RGB"], "La": ["LA"], "F": ["L"], "YCbCr": ["RGB"], "P": ["RGB"]}
+    found = PAINTED
+    for step in [*steps.get(mode, []), mode]:
+        found = found.convert(step)
+    return found
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_an_image_and_its_file_are_the_same_pixels(suffix, turn, tmp_path, promise):
+    promise("a PIL image and its file are the same pixels", cases=3 * len(FORMATS[suffix]))
+    exif = Image.Exif()
+    exif[274] = turn
+    for mode in FORMATS[suffix]:
+        file = tmp_path / f"{mode.replace(';', '_')}.{suffix}"
+        more = {} if suffix in ("gif", "jp2") else dict(exif=exif)
+        if mode == "P":
+            more["transparency"] = 3
+        in_mode(mode).save(file, **more)
+        want = pixels_of(file, (20, 10))
+        with Image.open(file) as opened:  # not loaded
+            assert np.array_equal(pixels_of(opened, (20, 10)), want), mode
+            assert np.array_equal(pixels_of(opened, (20, 10)), want), "asked again"
+        with Image.open(file) as opened:
+            opened.load()
+            assert np.array_equal(pixels_of(opened.copy(), (20, 10)), want), mode
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb(mode, promise):
+    promise("a PIL image and its file are the same pixels")
+    image = in_mode(mode)
+    before = image.tobytes(), image.mode
+    found = pixels_of(image, (24, 12))
+    assert found.shape == (24, 12, 3) and found.std() > 10
+    assert (image.tobytes(), image.mode) == before, "the user's image was changed"
+
+
+def test_arrays_and_bytes_are_no_images(promise):
+    odd = [np.zeros((9, 9, 3), np.uint8), b"\xff\xd8", None, 7, torch.zeros(3), [1]]
+    promise("a PIL image and its file are the same pixels", cases=len(odd))
+    for thing in odd:
+        with pytest.raises(UserError, match="must be a file or a PIL image, got a") as e:
+            pixels_of(thing, (9, 9))
+        assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JPG", ".avif", ".jp2"])
+def test_suffixes_of_images_are_read(suffix, tmp_path):
+    assert suffix.lower() in IMAGE_SUFFIXES
+    PAINTED.convert("RGB").save(tmp_path / f"a{suffix}", {".jfif": "JPEG"}.get(suffix))
+    assert read_image(tmp_path / f"a{suffix}").size == (12, 24)
+
+
+def test_heic_is_read_where_pillow_can(tmp_path):
+    "With a package of that name, which teaches Pillow the format, the suffix is known and the file is read."
+    (tmp_path / "pillow_heif.py").write_text(
+        "from PIL import Image\n"
+        "def register_heif_opener():\n"
+        "    Image.register_open('HEIF', lambda *file: Image.new('RGB', (3, 4)), lambda s: b'ftyp' in s)\n"
+    )
+    code = (
+        "import sys\nfrom cpcl.data.images import *\n"
+        "print('.heic' in IMAGE_SUFFIXES, read_image(sys.argv[1]).size)"
+    )
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 50)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.heic")],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "True (3, 4)\n", done
+
+
+WRITTEN = {  # how a table or a name is written -> (name on the disk, name of the table, its text)
+    "tabs": ("a.jpg", "a.jpg", "image\tcaption\tperson\n{}\ta man, tall\t7\n"),
+    "semicolons": ("a.jpg", "a.jpg", "image;caption;person\r\n{};a man, tall;7\r\n"),
+    "bars": ("a.jpg", "a.jpg", "image|caption|person\n{}|a man, tall|7\n"),
+    "a line that names the separator": ("a.jpg", "a.jpg", "sep=;\nimage;caption;person\n{};a man, tall;7\n"),
+    "empty columns": ("a.jpg", "a.jpg", 'image,caption,person,,\n{},"a man, tall",7,,\n,,,,\n'),
+    "an index in front": ("a.jpg", "a.jpg", ',image,caption,person\n0,{},"a man, tall",7\n'),
+    "a mark and quotes": ("a.jpg", "a.jpg", '\ufeff"image","caption","person"\n"{}","a man, tall","7"\n'),
+    "composed in the table": ("e\u0301.jpg", "\xe9.jpg", 'image,caption,person\n{},"a man, tall",7\n'),
+    "decomposed in the table": ("\xe9.jpg", "e\u0301.jpg", 'image,caption,person\n{},"a man, tall",7\n'),
+    "a folder with an accent": (
+        "A\u030a/\uac00/1.jpg",
+        "\xc5/\u1100\u1161/1.jpg",
+        "image;caption;person\n{};a man, tall;7\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+@pytest.mark.parametrize("folder", ["", "imgs"])
+def test_tables_and_names_are_read_however_they_are_written(how, folder, tmp_path, promise):
+    promise("tables of any separator, names in any Unicode form")
+    on_disk, in_table, text = WRITTEN[how]
+    file = tmp_path / folder / on_disk
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 20)).save(file)
+    (tmp_path / "captions.csv").write_text(text.format(in_table), encoding="utf8", newline="")
+    split = load_split(tmp_path)
+    assert split.captions == ("a man, tall",) and split.path(0) == file and file.is_file()
+    assert load_person(split).tolist() == [0] and doctor(tmp_path).ok
+
+
+@pytest.mark.parametrize("name", ["CUHK03", "train", "."])
+@pytest.mark.parametrize("link", ["imgs", "imgs/{}"])
+def test_a_link_that_leaves_is_named_with_a_root_to_use(name, link, tmp_path, promise):
+    promise("bad input: data that are linked in")
+    real, mine = tmp_path / "disk", tmp_path / "mine"
+    (real / "imgs" / name).mkdir(parents=True)
+    Image.new("RGB", (9, 20)).save(real / "imgs" / name / "a.jpg")
+    place = mine / (link.format(name) if name != "." else "imgs")
+    place.parent.mkdir(parents=True)
+    place.symlink_to(real / place.relative_to(mine))
+    records = [dict(file_path=f"{name}/a.jpg", id=1, captions=["a man"], split="train")]
+    (mine / "reid_raw.json").write_text(json.dumps(records))
+    with pytest.raises(UserError) as e:
+        load_split(mine)
+    assert f"{place} is a link" in str(e.value)
+    root = str(e.value).split("use --root ")[1].split(",")[0]
+    (Path(root) / "reid_raw.json").write_text(json.dumps(records))  # as the line says
+    assert load_split(root).path(0).is_file()
+    with pytest.raises(UserError, match=f"in train|: use --root {root}, or"):
+        load_split(mine)
+
+
+CONTROL = st.sampled_from(["<end_of_text>", "<START_OF_TEXT>", html.escape("<end_of_text>"), "<end_of_text"])
+sentences = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40) | st.builds(
+    "{} {} {}".format,
+    st.text(alphabet="a man,<>_&;", max_size=9),
+    CONTROL,
+    st.text(alphabet="red é", max_size=9),
+)
+
+
+@EASY
+@given(text=sentences, length=st.sampled_from([5, 8, 77]))
+def test_captions_mean_what_they_say(text, length, promise):
+    "No control token inside a caption; without control words open_clip's own tokens; a cut end is known."
+    from open_clip import tokenize as theirs
+
+    promise("control words are plain text, and what is cut is known")
+    tokens = tokenize(text, length)
+    assert (tokens == 49406).sum() == (tokens == 49407).sum() == 1
+    if not has_control_words(text):
+        assert torch.equal(tokens, theirs([text], length))
+    unseen = unseen_text(text, length)
+    assert bool(unseen) == bool(cut_captions([text], length)) == (caption_lengths([text])[0] > length)
+    if unseen:
+        longer = tokenize(text + " and something else", length)
+        assert torch.equal(longer, tokens), "what is behind the end has no influence"
 
 
 @EASY
@@ -239,9 +413,8 @@ def test_a_cut_batch_loses_no_token(texts, length, promise):
     assert batch.shape[1] == used.max() <= length
     for t, n, row in zip(tokens, used, batch):
         assert t[n - 1] == 49407 and torch.equal(row[:n], t[:n])
-    for text, n, needed in zip(texts, used, caption_lengths(texts)):
-        if "<" not in text:  # "<end_of_text>" written out is the end token
-            assert n == min(needed, length)
+    for n, needed in zip(used, caption_lengths(texts)):
+        assert n == min(needed, length)
 
 
 @EASY

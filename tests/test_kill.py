@@ -279,7 +279,7 @@ def stop(which, run, undisturbed, code):
         said[-1].startswith("cpcl: stopped") and "--resume" in said[-1] and "Traceback" not in log.read_text()
     )
     assert 1 <= newest_state(run)[1]["epoch"] < EPOCHS and not (run / "result.json").exists()
-    assert not [p for p in run.iterdir() if p.name.startswith(".")]
+    assert not list(run.glob(".cpcl-part-*"))
     return True
 
 
@@ -368,7 +368,7 @@ def out_of_room(run, log, why):
         and "--resume" in said[-1]
         and "Traceback" not in log.read_text()
     )
-    assert newest_state(run)[1]["epoch"] == 1 and not [p for p in run.iterdir() if p.name.startswith(".")]
+    assert newest_state(run)[1]["epoch"] == 1 and not list(run.glob(".cpcl-part-*"))
 
 
 @pytest.mark.parametrize(

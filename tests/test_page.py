@@ -9,7 +9,7 @@ from cpcl.data import load_person, load_split
 from cpcl.encoder import EncoderConfig, load_encoder, save_encoder
 from cpcl.lab import sample_set
 from cpcl.train import make_config
-from cpcl.train.checkpoint import start_run
+from cpcl.train.start import start_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytest.importorskip("gradio", reason="the page needs gradio")
@@ -38,9 +38,8 @@ def served(tmp_path_factory):
     paths = [p.relative_to(crops).as_posix() for p in crops.rglob("*.jpg")]
     cameras = pd.DataFrame({"path": paths, "camera": [p[4] for p in paths]})
     index = Index.build(crops, run, tmp / "idx", cameras, log=lambda line: None)
-    blocks, address = serve(index, port=0, block=False)
-    yield index, address, split
-    blocks.close()
+    with serve(index, port=0, block=False) as page:
+        yield index, page.address, split
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,7 @@ def test_empty_and_over_long_queries_are_answered(tab):
     assert "sentence" in tab.locator("#line").inner_text()
     box = tab.locator("#sentence textarea, #sentence input").first
     box.fill("red " * 2000)
-    assert len(box.input_value()) == 2000  # the box takes no more; search/08_page tests the server with more
+    assert len(box.input_value()) == 2000  # the box takes no more; search/11_page tests the server with more
     ask(tab, "a hat")
     shows(tab, 12)
 
@@ -189,3 +188,52 @@ def test_others_need_a_password(served, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(UserError, match="8 characters"):
         serve(served[0], host="0.0.0.0", block=False)
+
+
+def test_the_browser_keeps_nothing_and_asks_nobody_else(browser, served):
+    "No other host is asked, and no query is stored: Gradio would keep a history of them."
+    page = browser.new_page()
+    page.set_default_timeout(20_000)
+    asked = set()
+    page.on("request", lambda request: asked.add(request.url.split("/")[2]) if "://" in request.url else None)
+    page.goto(served[1])
+    page.locator("#sentence textarea, #sentence input").first.wait_for()
+    ask(page, "a woman in a red coat")
+    shows(page, 12)
+    assert asked == {served[1].split("/")[2]}
+    assert page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 0]
+    assert page.evaluate("indexedDB.databases()") == []
+    assert all(c["name"].startswith("cpcl-") and c["httpOnly"] for c in page.context.cookies())
+    sources = page.evaluate("[...document.querySelectorAll('#found img')].map(i => i.src.slice(0, 23))")
+    assert set(sources) == {"data:image/jpeg;base64,"}
+    page.close()
+
+
+def test_an_upload_finds_itself(tab, served):
+    index, _, split = served
+    tab.get_by_text("More", exact=True).click()
+    tab.locator("#upload input[type=file]").set_input_files(str(split.path(0)))
+    tab.locator("#upload").get_by_text("KB").first.wait_for()
+    tab.locator("#go").click()
+    tab.wait_for_function("() => document.querySelector('#found').innerText.includes('1 · 1.00')")
+
+
+def test_the_password_and_a_link(browser, served):
+    "A link to a query asks for the password first, then searches."
+    from cpcl.search import serve
+
+    page = browser.new_context(viewport={"width": 400, "height": 800}).new_page()
+    page.set_default_timeout(20_000)
+    with serve(served[0], port=0, password="correct horse", block=False) as locked:
+        page.goto(f"{locked.address}?q=a+woman+in+a+red+coat&k=7")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 410
+        page.locator("[name=password]").fill("wrong")
+        page.get_by_role("button").click()
+        page.get_by_text("That is not the password.").wait_for()
+        page.locator("[name=password]").fill("correct horse")
+        page.get_by_role("button").click()
+        shows(page, 7)
+        assert page.url.endswith("/?q=a+woman+in+a+red+coat&k=7")
+        page.reload()
+        shows(page, 7)
+    page.context.close()

@@ -6,13 +6,13 @@
 __all__ = ['Synth', 'Doctor', 'Pretrain', 'Convert', 'Export']
 
 # %% ../../nbs/cli/02_files.ipynb #8295cacf
-import sys, zipfile
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from .flags import Range, check_ranges
 from .training import DataName
 
 # %% ../../nbs/cli/02_files.ipynb #b124c894
@@ -21,25 +21,29 @@ class Synth:
     "Draw a synthetic data set of pedestrians with captions, in the layout of a benchmark."
 
     out: tyro.conf.Positional[str]  # folder to write
-    people: int = 1000  # how many people
-    seed: int = 0  # the same seed gives the same people, captions and pixels
+    people: Annotated[int, Range(3)] = 1000  # how many people
+    seed: Annotated[int, Range(0)] = 0  # the same seed gives the same people, captions and pixels
     layout: Literal["cuhk-pedes", "icfg-pedes", "rstpreid"] = "cuhk-pedes"  # whose annotation format
     # street: as in the sample set; town: as in the ablations; studio: as in the tiny CLIP's pre-training
     style: Literal["street", "town", "studio"] = "street"
-    shots: tuple[int, int] = (2, 5)  # fewest and most images per person; rstpreid has 5
+    # fewest and most images per person; rstpreid has 5
+    shots: Annotated[tuple[int, int], Range(1)] = (2, 5)
 
     def run(self) -> int:  # exit status
         "Write it and say what to do next."
+        from cpcl.files import printable, user_path
         from cpcl.synth.dataset import write_synth
 
+        check_ranges(self)
         root = write_synth(
-            self.out,
+            user_path(self.out),
             people=self.people,
             seed=self.seed,
             layout=self.layout,
             style=self.style,
             shots=self.shots,
         )
+        root = printable(root)
         print(f"wrote {root}\nnext: cpcl doctor {root}\n      cpcl train --root {root}")
         return 0
 
@@ -67,16 +71,18 @@ class Pretrain:
     "Make the tiny CLIP again: draw studio people, train on their pairs, write weights, log and card."
 
     out: tyro.conf.Positional[str]  # folder to write; an unfinished pre-training there is resumed
-    samples: int = 256_000  # pairs seen
-    people: int = 5000  # studio people
-    batch_size: int = 64  # pairs per step
-    lr: float = 1e-3  # peak learning rate
+    samples: Annotated[int, Range(2)] = 256_000  # pairs seen
+    people: Annotated[int, Range(2)] = 5000  # studio people
+    batch_size: Annotated[int, Range(2)] = 64  # pairs per step
+    lr: Annotated[float, Range(0, above=True)] = 1e-3  # peak learning rate
     bf16: bool = False  # 16-bit brain floats: quicker on a processor with AMX
 
     def run(self) -> int:  # exit status
         "Pre-train and print the card."
+        from cpcl.files import user_path
         from cpcl.lab.pretrain import PretrainConfig, pretrain, write_card
 
+        check_ranges(self)
         config = PretrainConfig(
             samples=self.samples,
             people=self.people,
@@ -84,8 +90,9 @@ class Pretrain:
             lr=self.lr,
             bf16=self.bf16,
         )
-        pretrain(self.out, config)
-        print(write_card(self.out).read_text())
+        out = user_path(self.out)
+        pretrain(out, config)
+        print(write_card(out).read_text(encoding="utf8"))
         return 0
 
 # %% ../../nbs/cli/02_files.ipynb #6b0ae7cc
@@ -100,20 +107,20 @@ class Convert:
     def run(self) -> int:  # exit status
         "Warn, then convert."
         from cpcl.core import UserError
-        from cpcl.encoder.weights import convert
+        from cpcl.encoder.weights import convert, is_program
+        from cpcl.files import printable, user_path
 
-        if not Path(self.file).is_file():
-            raise UserError(f"no such file: {self.file} (give the .pt that OpenAI ships)")
-        inside = zipfile.ZipFile(self.file).namelist() if zipfile.is_zipfile(self.file) else []
-        if not any("/code/" in name for name in inside):
+        file = user_path(self.file)
+        name = printable(file)
+        if not file.is_file():
+            raise UserError(f"no such file: {name} (give the .pt that OpenAI ships)")
+        if not is_program(file):
             raise UserError(
-                f"{self.file} holds no TorchScript program, and nothing in it was run: "
+                f"{name} holds no TorchScript program, and nothing in it was run: "
                 "a plain file of weights goes to --pretrained as it is"
             )
-        print(
-            f"reading {self.file} runs the program in it: do this only with a file you trust", file=sys.stderr
-        )
-        print(f"wrote {convert(self.file, self.out or None)}, use it with --pretrained")
+        print(f"reading {name} runs the program in it: do this only with a file you trust", file=sys.stderr)
+        print(f"wrote {printable(convert(file, self.out or None))}, use it with --pretrained")
         return 0
 
 # %% ../../nbs/cli/02_files.ipynb #b85b95e5
@@ -130,12 +137,15 @@ class Export:
 
     def run(self) -> int:  # exit status
         "Write it and say how to load it."
-        from cpcl.hub import CPCL, export_onnx
+        from cpcl.files import claimed, printable
+        from cpcl.hub import CPCL, export_onnx, is_model
 
         model = CPCL.from_run(self.encoder, self.which)
-        model.save_pretrained(self.out)
-        if self.onnx:
-            differences = export_onnx(model, self.out)
-            print(", ".join(f"{name}.onnx within {d:.0e} of torch" for name, d in differences.items()))
-        print(f'wrote {self.out}\nnext: CPCL.from_pretrained("{self.out}"), or .push_to_hub("you/name")')
+        with claimed(self.out, "export", is_model, [self.encoder]) as out:
+            model.save_pretrained(out)
+            if self.onnx:
+                differences = export_onnx(model, out)
+                print(", ".join(f"{name}.onnx within {d:.0e} of torch" for name, d in differences.items()))
+        name = printable(out)
+        print(f'wrote {name}\nnext: CPCL.from_pretrained("{name}"), or .push_to_hub("you/name")')
         return 0

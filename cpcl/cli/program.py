@@ -6,11 +6,11 @@
 __all__ = ['COMMANDS', 'parse', 'main']
 
 # %% ../../nbs/cli/04_program.ipynb #b600e6a4
-import contextlib, io, logging, os, sys, warnings
+import contextlib, io, logging, os, signal, sys, warnings
 
 import tyro
 
-from .errors import explain, parse_error, stoppable
+from .errors import escaped_output, explain, flush_output, parse_error, reader_gone, stoppable
 from .files import Convert, Doctor, Export, Pretrain, Synth
 from .searching import App, Index, Search
 from .training import Ablate, Demo, Eval, Train
@@ -87,7 +87,16 @@ def _report(ending):
     who = "cpcl" if rank == "0" else f"cpcl (process {rank})"
     if rank == "0" or ending.status == 2:
         start = "\n" if ending.status == 130 else ""  # Ctrl-C leaves ^C on its line
-        print(f"{start}{who}: {ending.line}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a closed terminal takes no line
+            print(f"{start}{who}: {ending.line}", file=sys.stderr)
+
+
+def _run(words):
+    "The exit status of a command, all of whose output has been written."
+    try:
+        return parse(words).run()
+    finally:
+        flush_output()
 
 
 def main(
@@ -98,11 +107,13 @@ def main(
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
     _quiet()
-    with stoppable() as came:
+    with escaped_output(), stoppable() as came:
         try:
-            return parse(args or ["--help"]).run()
+            return _run(args or ["--help"])
         except BaseException as e:
-            ending = explain(e, bool(came))
+            if isinstance(e, BrokenPipeError) and reader_gone():
+                return 128 + signal.SIGPIPE
+            ending = explain(e, came, args[0] if args else "")
             if ending is None or debug:
                 raise
             _report(ending)

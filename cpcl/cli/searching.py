@@ -6,30 +6,34 @@
 __all__ = ['Index', 'Search', 'App']
 
 # %% ../../nbs/cli/03_searching.ipynb #fc2aec3f
-import json
+import shlex, sys, warnings
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
+
+from .flags import Range, Repeated, check_ranges, flat
 
 # %% ../../nbs/cli/03_searching.ipynb #b0cb0bb0
 @dataclass
 class Index:
     """Make a folder of person crops searchable, or bring its index up to date.
 
-    Only what is new or changed is encoded. For images you have the right to search."""
+    Only what is new or changed is encoded, also when the images were moved. What is left out is counted by
+    its reason. For images you have the right to search."""
 
     folder: tyro.conf.Positional[str]  # folder of crops, with all folders below it
     encoder: Annotated[str, tyro.conf.arg(name="run")]  # run folder, or the folder of a published model
     out: str  # folder of the index
     columns: str = ""  # CSV with a column `path` and others to filter by, e.g. camera
-    batch_size: int = 128  # images per step
-    workers: int = 2  # threads that decode
+    batch_size: Annotated[int, Range(1)] = 128  # images per step
+    workers: Annotated[int, Range(1)] = 2  # threads that decode
     # milvus:URI keeps rows and vectors on a server, e.g. milvus:http://localhost:19530; empty: files in --out
     store: str = ""
 
     def run(self) -> int:  # exit status
         "Build it and say what to do next."
+        check_ranges(self)
         from cpcl.search.build import build_index
 
         build_index(
@@ -41,43 +45,76 @@ class Index:
             self.workers,
             store=self.store,
         )
-        print(f'next: cpcl search {self.out} "a woman in a red coat with a black backpack"')
+        from cpcl.files import printable
+
+        place = printable(shlex.quote(self.out))
+        print(f'next: cpcl search {place} "a woman in a red coat with a black backpack"')
         return 0
 
 # %% ../../nbs/cli/03_searching.ipynb #fe61e59e
+def _filters(given):
+    "Column -> values, from texts like camera=3 or camera=3,4. Raises UserError for any other text."
+    from cpcl.core import UserError
+
+    filters = {}
+    for text in given:
+        column, equals, values = text.partition("=")
+        if not equals:
+            raise UserError(f"--where takes column=value, got {text!r}")
+        filters.setdefault(column.strip(), []).extend(values.split(","))
+    return filters
+
+
+def _note(*notes):
+    "Write notes to the standard error."
+    from cpcl.files import printable
+
+    for note in filter(None, notes):
+        print(f"note: {printable(note)}", file=sys.stderr)
+
+
+def _plain(table):
+    "A table as text, in which no name can move the cursor or break a line."
+    from cpcl.files import printable
+
+    texts = {c: table[c].map(printable) for c in table if c not in ("rank", "score")}
+    return table.assign(**texts).rename(columns=printable).to_string(index=False)
+
+# %% ../../nbs/cli/03_searching.ipynb #2b2d7435
 @dataclass
 class Search:
     "Find people in an index by describing them. No query is stored."
 
     index: tyro.conf.Positional[str]  # folder of the index
     query: tyro.conf.Positional[str] = ""  # a sentence; may be left out with --image
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10  # images in the list
-    where: tuple[str, ...] = ()  # column=value, e.g. camera=3 or camera=3,4
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"]), Range(1)] = 10  # images in the list
+    where: Repeated = ()  # column=value, e.g. camera=3 or camera=3,4
     image: str = ""  # an indexed path or an image file: more like this
     without: str = ""  # what the image should not show, e.g. "a hat"
     encoder: Annotated[str, tyro.conf.arg(name="run")] = ""  # where the run is now, if it was moved
+    folder: str = ""  # where the images are now, if they were moved
     json: bool = False  # print a JSON list of objects with rank, score, path and columns
 
     def run(self) -> int:  # exit status
         "Print the list."
-        from cpcl.core import UserError
+        check_ranges(self)
+        filters = _filters(flat(self.where))
+        from cpcl.files import json_text
         from cpcl.search import Index
+        from cpcl.search.gallery import moved_note
 
-        if bad := [text for text in self.where if "=" not in text]:
-            raise UserError(f"--where takes column=value, got {bad[0]!r}")
-        filters = dict(text.partition("=")[::2] for text in self.where)
-        found = Index.open(self.index, self.encoder or None).search(
-            self.query or None,
-            self.k,
-            {column: values.split(",") for column, values in filters.items()},
-            self.image or None,
-            self.without or None,
-        )
+        index = Index.open(self.index, self.encoder or None, self.folder or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the notes say more
+            found = index.search(
+                self.query or None, self.k, filters, self.image or None, self.without or None
+            )
+        _note(*found.attrs["notes"], moved_note(index.manifest.folder, found.path))
         found = found.drop(columns="query")
         if self.json:
-            print(json.dumps(found.to_dict("records")))
+            print(json_text(found.to_dict("records")))
         else:
-            print(found.to_string(index=False) if len(found) else "nothing found")
+            print(_plain(found) if len(found) else "nothing found")
         return 0
 
 # %% ../../nbs/cli/03_searching.ipynb #4a3c778a
@@ -89,16 +126,14 @@ class App:
 
     index: tyro.conf.Positional[str]  # folder of the index
     host: str = "127.0.0.1"  # address to answer on; 0.0.0.0: reachable by others too
-    port: int = 7860  # of the page; 0: a free one
+    port: Annotated[int, Range(0, 2**16 - 1)] = 7860  # of the page; 0: a free one
     encoder: Annotated[str, tyro.conf.arg(name="run")] = ""  # where the run is now, if it was moved
+    folder: str = ""  # where the images are now, if they were moved
 
     def run(self) -> int:  # exit status
         "Serve until Ctrl-C."
-        from cpcl.core import UserError
-
-        if not 0 <= self.port < 2**16:
-            raise UserError(f"--port must be in 0..65535 (0: a free one), got {self.port}")
+        check_ranges(self)
         from cpcl.search import Index, serve
 
-        serve(Index.open(self.index, self.encoder or None), self.host, self.port)
+        serve(Index.open(self.index, self.encoder or None, self.folder or None), self.host, self.port)
         return 0

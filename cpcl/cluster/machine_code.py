@@ -137,7 +137,8 @@ class OnDisk:
         self.dispatcher = dispatcher
 
     @property
-    def cache_path(self):  # for numba's statistics
+    def cache_path(self) -> str:
+        "Where new code is kept, for numba's statistics."
         return str(code_folders()[0])
 
     def load_overload(self, sig, target_context):

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..core import UserError, keyed_rng
-from .augment import AugmentConfig, augment
+from .augment import AugmentConfig, augment, mask_tokens
 from .images import PixelCache, to_tensor
 from .read import Split
 from .tokens import token_lengths, tokenize
@@ -132,10 +132,13 @@ class PairRows(Dataset):
 
     def __getitem__(self, j):
         row = int(self.image_of[j])
-        image = self.images.cache[row]
+        image, tokens = self.images.cache[row], self.tokens[j]
         if self.augment is not None:
-            image = augment(image, self.augment, keyed_rng(self.seed, self.epoch, int(j)))
-        return {"image": to_tensor(image), "tokens": self.tokens[j], "image_row": row, "caption_row": int(j)}
+            key = self.seed, self.epoch, int(j)
+            image = augment(image, self.augment, keyed_rng(*key))
+            if self.augment.mask:
+                tokens = mask_tokens(tokens, self.augment.mask, keyed_rng(*key, 1))
+        return {"image": to_tensor(image), "tokens": tokens, "image_row": row, "caption_row": int(j)}
 
 # %% ../../nbs/10_data/05_batches.ipynb #dcef91b0
 def collate(

@@ -18,7 +18,8 @@ from ..core import UserError, progress
 from .images import read_image
 from .parse import SPLIT_NAMES
 from .read import Split, detect, has_split, load_person, load_split
-from .tokens import caption_lengths
+from .tokens import cut_captions, cut_note, has_control_words
+from ..files import printable, short
 
 # %% ../../nbs/10_data/06_doctor.ipynb #d7dafe24
 def spread(
@@ -56,7 +57,7 @@ def split_figures(
         images=n,
         captions=len(plain),
         per_image=spread(np.bincount(split.image_of, minlength=n), np.mean),
-        long=int((caption_lengths(split.captions) > 77).sum()),
+        long=len(cut_captions(split.captions)),
         repeated=len(plain) - len(Counter(plain)),
     )
 
@@ -170,11 +171,11 @@ class Report:
 
     def __str__(self):
         wrong = [*self.problems, *self.unreadable]
-        out = [f"{self.name} in {self.root}", ""]
+        out = [f"{self.name} in {printable(self.root)}", ""]
         if self.counts:
             out += [*_table(self.name, self.counts, self.sizes), ""]
         for title, lines in (("problem", wrong), ("note", self.notes)):
-            out += [f"{title}: {line}" for line in lines[:20]]
+            out += [f"{title}: {printable(line)}" for line in lines[:20]]
             if len(lines) > 20:
                 out.append(f"... and {len(lines) - 20:,} more")
         out.append("all well" if self.ok else f"{len(wrong):,} problem(s)")
@@ -197,6 +198,19 @@ def _what_for(name, splits):
     if name == "own" and "test" not in splits:
         yield "no test split: it can be used for training, but not to evaluate"
 
+# %% ../../nbs/10_data/06_doctor.ipynb #edb707e6
+def _about_captions(split):
+    "Notes on captions that CLIP does not read as they are meant."
+    if note := cut_note(split.captions):
+        yield f"{split.split}: {note}"
+    rows = [row for row, caption in enumerate(split.captions) if has_control_words(caption)]
+    if rows:
+        first = short(split.captions[rows[0]])
+        count = (
+            f"{len(rows):,} of {len(split.captions):,} captions contain a control word of CLIP's tokenizer"
+        )
+        yield f"{split.split}: {count}, which is read as plain text, e.g. {first} (caption {rows[0]})"
+
 # %% ../../nbs/10_data/06_doctor.ipynb #b4b87310
 def doctor(
     root,  # folder of the data set
@@ -205,7 +219,7 @@ def doctor(
     workers: int = 2,  # threads that decode
 ) -> Report:  # with what is wrong in it: no UserError is raised
     "Check a data set: counts, captions, sizes, unreadable files, people in two splits."
-    figures, sizes, people, unreadable, problems = {}, {}, {}, [], []
+    figures, sizes, people, unreadable, problems, about = {}, {}, {}, [], [], []
     try:
         name = name or detect(root)
         splits = [s for s in SPLIT_NAMES if has_split(root, name, s)]
@@ -216,10 +230,11 @@ def doctor(
         try:
             split = load_split(root, name, s)
         except UserError as e:
-            problems.append(str(e))
+            problems += [] if str(e) in problems else [str(e)]
             continue
         people[s] = load_person(split)
         figures[s] = split_figures(split, people[s])
+        about += _about_captions(split)
         if decode:
             wh, messages = decode_all(split, workers)
             unreadable += messages
@@ -228,5 +243,5 @@ def doctor(
     problems += _in_two_splits(people)
     complete = len(figures) == len(splits)
     differ, notes = compare_published(name, figures) if complete else ([], [])
-    problems, notes = [*problems, *differ], [*notes, *_what_for(name, splits)]
+    problems, notes = [*problems, *differ], [*notes, *about, *_what_for(name, splits)]
     return Report(Path(root), name, figures, sizes, tuple(unreadable), tuple(problems), tuple(notes))

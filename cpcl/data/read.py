@@ -6,14 +6,16 @@
 __all__ = ['Split', 'detect', 'load_split', 'has_split', 'load_person']
 
 # %% ../../nbs/10_data/00_read.ipynb #fa0c1f5f
-import filecmp, os, posixpath
+import filecmp, os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..core import UserError
-from .parse import ANNOTATIONS, SPLIT_NAMES, check_split, locate_images, read_annotation
+from .locate import locate_images
+from .parse import ANNOTATIONS, SPLIT_NAMES, check_split, composed, read_annotation
+from ..files import printable, user_path
 
 # %% ../../nbs/10_data/00_read.ipynb #b23c0ef7
 @dataclass(frozen=True, eq=False)
@@ -51,9 +53,9 @@ class Split:
 
 # %% ../../nbs/10_data/00_read.ipynb #abd482c3
 def _folder(root):
-    root = Path(os.path.abspath(os.path.expanduser(root)))
+    root = Path(os.path.abspath(user_path(root)))
     if not root.is_dir():
-        raise UserError(f"no such folder: {root} (check the path)")
+        raise UserError(f"no such folder: {printable(root)} (check the path)")
     return root
 
 
@@ -127,8 +129,7 @@ def load_split(
     mine = keep[ann.image_of]
     images = [p for p, k in zip(ann.images, keep) if k]
     captions = tuple(c for c, k in zip(ann.captions, mine) if k)
-    prefix = locate_images(root, name, images, split)
-    images = tuple(posixpath.join(prefix, p) for p in images)
+    images = tuple(locate_images(root, name, images, split))
     return Split(root, name, split, images, captions, row[ann.image_of[mine]])
 
 
@@ -159,7 +160,7 @@ def load_person(
     _, ann = _annotation(split.root, split.name)
     row = {p: i for i, p in enumerate(ann.images)}
     for prefix in ("imgs/", ""):
-        names = [p.removeprefix(prefix) for p in split.images]
+        names = [composed(p.removeprefix(prefix)) for p in split.images]
         prefixed = all(p.startswith(prefix) for p in split.images)
         if prefixed and all(n in row for n in names):
             rows = np.array([row[n] for n in names], dtype=np.int64)

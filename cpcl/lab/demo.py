@@ -6,7 +6,7 @@
 __all__ = ['MINI', 'sample_set', 'ranked_picture', 'demo']
 
 # %% ../../nbs/lab/03_demo.ipynb #ee40218a
-import json, shutil, time
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ from ..data import Split, load_person, load_split, read_image
 from ..encoder import features, load_encoder
 from ..eval.scores import METRICS
 from ..synth.dataset import write_synth
+from ..files import claimed, read_json, user_path, write_json
 from ..train import load_run, make_config, score_split, train_run
+from ..train.start import is_run, remove_run
 from ..viz import ranked_lists
 
 # %% ../../nbs/lab/03_demo.ipynb #6dfa9c2b
@@ -62,11 +64,37 @@ def demo(
 ) -> pd.DataFrame:  # one row per method: R1 R5 R10 mAP mINP, seconds
     "Train `clip` and `cpcl` on the sample set and compare them with the tiny CLIP as it is."
     mini = sample_set(root)
-    out = Path(out) if out else repo_root() / "runs" / "demo"
+    out = user_path(out) if out else (repo_root() or Path(".")) / "runs" / "demo"
+    with claimed(out, "demo", _is_demo, [mini]) as out:
+        _remove_demo(out)
+        return _demo(out, mini, changes, log)
+
+
+_PRESETS = {"clip, fine-tuned on pairs": "clip", "cpcl": "cpcl"}
+
+
+def _is_demo(folder):
+    "Whether a demo made a folder before there were marks."
+    try:
+        rows = read_json(folder / "table.json")
+    except UserError:
+        return False
+    return set(_PRESETS) <= set(rows) and all(is_run(folder / preset) for preset in _PRESETS.values())
+
+
+def _remove_demo(folder):
+    "Remove the files of an earlier demo. Anything else in its folder stays."
+    for preset in _PRESETS.values():
+        if is_run(folder / preset):
+            remove_run(folder / preset)
+    for name in ("table.json", "ranked_lists.png"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _demo(out, mini, changes, log):
+    "Train, compare, write."
     cfg = make_config(changes=changes)
     test = load_split(mini, split="test")
-    if (out / "table.json").is_file() or (out / "clip" / "config.json").is_file():
-        shutil.rmtree(out)
 
     def _row(start, scores):
         return {k: scores[k] for k in METRICS} | {"seconds": round(time.perf_counter() - start)}
@@ -74,13 +102,13 @@ def demo(
     start = time.perf_counter()
     untrained = score_split(load_encoder(cfg.encoder), test).mean().as_dict()
     rows = {"tiny CLIP as it is": _row(start, untrained)}
-    for name, preset in {"clip, fine-tuned on pairs": "clip", "cpcl": "cpcl"}.items():
+    for name, preset in _PRESETS.items():
         start = time.perf_counter()
         log(f"\n{preset}: training on {mini.name}, {cfg.optim.epochs} epochs")
         result = train_run(mini, out / preset, preset=preset, changes=changes, log=log)
         rows[name] = _row(start, result.last)
     table = pd.DataFrame(rows).T
-    (out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf8")
+    write_json(out / "table.json", rows)
     figure = np.ravel(ranked_picture(load_run(out / "cpcl"), test))[0].figure
     figure.savefig(out / "ranked_lists.png", bbox_inches="tight", dpi=100)
     log(f"\n{table.round(1).to_string()}\n")

@@ -7,7 +7,7 @@ __all__ = ['BENCH', 'NO_BARS', 'ONE_THREAD', 'bench_set', 'cores', 'run_one', 'r
            'run_missing']
 
 # %% ../../nbs/lab/04_grid.ipynb #a6d818e1
-import hashlib, json, os, shutil, time
+import hashlib, os, shutil, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 from ..core import UserError, repo_root
+from ..files import read_json
 from ..data.read import detect, has_split, load_split
 from ..encoder import EncoderConfig
 from .code import changed_modules, read_modules, run_code
@@ -41,7 +42,7 @@ def bench_set(
     folder = Path(folder) if folder else (repo_root() or Path(".")) / "data" / name
     if not (folder / "synth.json").is_file() or not has_split(folder, None, "test"):
         return write_synth(folder, **how)
-    found = json.loads((folder / "synth.json").read_text(encoding="utf8"))
+    found = read_json(folder / "synth.json")
     world = SynthWorld(how["people"], how["seed"], how["style"], how["shots"])
     if found["checksum"] != checksum(world):
         what = f"seed {found['seed']}, {found['people']} people, version {found['version']}"
@@ -193,8 +194,12 @@ def _missing_error(lacking, beside, found, device, file, total):
 # %% ../../nbs/lab/04_grid.ipynb #cb0d3693
 def _wanted(specs, root, schedule, encoder):
     "Specs with the settings and the code that they come to."
-    name, images, modules = detect(root), len(load_split(root, split="train").images), read_modules()
-    cfgs = [make_config(s.preset, schedule, name, images, encoder, s.seed, s.changes) for s in specs]
+    name, train, modules = detect(root), load_split(root, split="train"), read_modules()
+    sizes = dict(images=len(train.images), captions=len(train.captions))
+    cfgs = [
+        make_config(s.preset, schedule, name, encoder=encoder, seed=s.seed, changes=s.changes, **sizes)
+        for s in specs
+    ]
     return [Wanted(s, cfg, run_code(cfg, *s.hooks, modules)) for s, cfg in zip(specs, cfgs)]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 from ..core import UserError, atomic_path, repo_root
-from ..train.checkpoint import write_json
+from ..files import read_json, write_json
 from ..train.environment import environment
 
 # %% ../../nbs/lab/06_notebooks.ipynb #07be0d4e
@@ -34,8 +34,8 @@ def run_notebook(
     "Train what a notebook has no record of and write it with its outputs. Raises UserError (nbclient)."
     try:
         import nbformat, nbclient
-    except ImportError:
-        raise UserError("to run a notebook, install nbclient (it comes with jupyterlab)") from None
+    except ImportError as e:
+        raise UserError(f"to run a notebook, install nbclient, which comes with jupyterlab ({e})") from None
 
     class Live(nbclient.NotebookClient):
         def output(self, outs, msg, display_id, cell_index):
@@ -71,7 +71,7 @@ def measured(
 ) -> dict:  # what it returned, with the device
     "Read a measurement. If it is missing, CPCL_RUN=1 makes it, else UserError is raised (cloudpickle)."
     file = Path(file)
-    found = json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
+    found = read_json(file) if file.is_file() else {}
     if name not in found:
         if os.environ.get("CPCL_RUN") != "1":
             raise UserError(f"{name} has no record in {file.name}: run this notebook with CPCL_RUN=1")

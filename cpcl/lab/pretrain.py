@@ -7,7 +7,7 @@ __all__ = ['PROBE_CLUSTERS', 'CARD', 'PretrainConfig', 'draw_world', 'relight', 
            'write_card']
 
 # %% ../../nbs/lab/00_pretrain.ipynb #d27d6963
-import contextlib, json
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,16 +16,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..cluster.labels import ClusterConfig, pseudo_labels
-from ..core import UserError, keyed_rng, progress, seed_everything
+from ..core import UserError, atomic_path, keyed_rng, progress, seed_everything
 from ..data.images import CLIP_MEAN, CLIP_STD
 from ..data.tokens import tokenize
 from ..encoder.towers import Encoder, EncoderConfig
 from ..encoder.weights import load_encoder, save_encoder
+from ..files import claimed, expect, read_json, write_json
 from ..eval.label_quality import label_quality
 from ..eval.scores import score_queries
 from ..losses import itc
 from ..synth.dataset import SynthWorld
-from ..train.checkpoint import fill_state, newest_state, save_state, state_before, write_json
+from ..train.checkpoint import fill_state, newest_state, save_state, state_before
 from ..train.config import OptimConfig, learning_rate
 from ..train.environment import environment
 from ..train.epoch import build_optimizer, set_learning_rate
@@ -103,7 +104,22 @@ def pretrain(
     log=print,  # receives a line every 100 steps
 ) -> Encoder:  # the trained tiny CLIP
     "Pre-train the tiny CLIP on studio pairs. Raises UserError for a state of other settings (CLIP)."
-    out = Path(out)
+    with claimed(out, "pretrain", _is_pretraining, flag="folder") as out:
+        return _pretrain(out, cfg, resume, log)
+
+
+def _is_pretraining(folder):
+    "Whether a pre-training made a folder before there were marks."
+    try:
+        found = newest_state(folder, lambda line: None)
+        facts = found[1] if found else read_json(folder / "log.json")
+        return "samples" in facts.get("config", {})
+    except (UserError, TypeError):
+        return False
+
+
+def _pretrain(out, cfg, resume, log):
+    "Train, in a folder that is ours."
     state = out / "state.safetensors"
     seed_everything(cfg.seed)
     encoder = Encoder().train()
@@ -214,14 +230,22 @@ def write_card(
     people: int = 150,  # unseen people per domain
 ) -> Path:  # the card
     "Score the tiny CLIP on both domains and write `card.json` and `README.md`."
-    folder = Path(folder)
+    with claimed(folder, "pretrain", _is_pretraining, flag="folder") as folder:
+        return _write_card(folder, people)
+
+
+def _write_card(folder, people):
+    "Score, write, in a folder that is ours."
     encoder = load_encoder(EncoderConfig(pretrained=str(folder / "model.safetensors")))
     found = {style: probe(encoder, style, people) for style in ("studio", "street")}
     write_json(folder / "card.json", found)
-    recipe = json.loads((folder / "log.json").read_text(encoding="utf8"))["config"]
+    recipe = expect(read_json(folder / "log.json").get("config"), dict, f"{folder / 'log.json'}: config")
     numbers = [k for k in found["street"] if k not in ("style", "people")]
     rows = "\n".join(f"| {k} | {found['studio'][k]} | {found['street'][k]} |" for k in numbers)
-    facts = {k: recipe[k] for k in ("samples", "people", "seed")}
+    facts = {
+        k: expect(recipe.get(k), int, f"{folder / 'log.json'}: {k}") for k in ("samples", "people", "seed")
+    }
     card = folder / "README.md"
-    card.write_text(CARD.format(rows=rows, n=people, **facts), encoding="utf8")
+    with atomic_path(card) as part:
+        part.write_text(CARD.format(rows=rows, n=people, **facts), encoding="utf8")
     return card

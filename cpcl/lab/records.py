@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError, atomic_path, peak_memory
+from ..files import expect, json_text, parse_json, printable, read_json, read_text
 from ..data.read import has_split, load_split
 from ..eval.scores import QueryScores
 from .carry import carry_over
@@ -177,7 +178,7 @@ def make_record(
         spec=spec,
         data=fingerprint(root),
         config=json.loads(json.dumps(config_dict(read_config(run)))),
-        result=json.loads((Path(run) / "result.json").read_text(encoding="utf8")),
+        result=read_json(Path(run) / "result.json"),
         history=[_tidy(row) for row in history],
         queries={k: v.tolist() for k, v in queries.items()},
         stages=pd.DataFrame([row["seconds"] for row in history]).sum().round(1).to_dict(),
@@ -201,8 +202,16 @@ def read_records(
 ) -> list:  # of Record
     "The records of a file, under today's names."
     file = Path(file)
-    lines = file.read_text(encoding="utf8").splitlines() if file.is_file() else []
-    return [Record.from_dict(json.loads(line)) for line in lines]
+    lines = read_text(file).splitlines() if file.is_file() else []
+    return [_record(line, file, n) for n, line in enumerate(lines, 1)]
+
+
+def _record(line, file, n):
+    "The record of a line. Raises UserError if it is damaged."
+    try:
+        return Record.from_dict(expect(parse_json(line, file, n), dict, f"{file}, line {n}"))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{file}, line {n}, is no record ({printable(e)}): remove the line") from None
 
 
 def add_record(
@@ -210,10 +219,10 @@ def add_record(
     record: Record,  # the new one
 ):
     "Write a record into a file, in the place of the one of the same run on the same device."
-    file, new = Path(file), json.dumps(record.as_dict()) + "\n"
+    file, new = Path(file), json_text(record.as_dict()) + "\n"
     cfg = config_from(record.config)
-    lines = file.read_text(encoding="utf8").splitlines(keepends=True) if file.is_file() else []
-    olds = [Record.from_dict(json.loads(line)) for line in lines]
+    lines = read_text(file).splitlines(keepends=True) if file.is_file() else []
+    olds = [_record(line, file, n) for n, line in enumerate(lines, 1)]
     same = [old.device == record.device and answers(old, cfg, record.data, record.spec.hooks) for old in olds]
     place = same.index(True) if any(same) else len(lines)
     kept = [line for line, obsolete in zip(lines, same) if not obsolete]

@@ -5,5 +5,6 @@ from .._front_door import front_door
 __getattr__, __dir__, __all__ = front_door(
     __name__,
     index="Index",
-    app="build_page serve",
+    app="serve",
+    layout="build_page",
 )

@@ -6,13 +6,13 @@
 __all__ = ['Finder']
 
 # %% ../../nbs/search/06_widget.ipynb #ddd1e3ac
-import html, io
-from pathlib import Path
+import html, io, warnings
 
 from fastcore.basics import patch
 
 from ..core import UserError
-from ..data import read_image
+from .gallery import read_found
+from .store import optional
 
 # %% ../../nbs/search/06_widget.ipynb #8c7e86a1
 class Finder:
@@ -24,10 +24,7 @@ class Finder:
         k: int = 12,  # images in the first list
         height: int = 150,  # of a picture, pixels
     ):
-        try:
-            import ipywidgets as w
-        except ImportError:
-            raise UserError("to explore an index in a notebook, install ipywidgets") from None
+        w = optional("ipywidgets", "to explore an index in a notebook, install ipywidgets")
         self.index, self.height, self.found, self.marks, self._w = index, height, None, {}, w
         self.sentence = w.Text(
             placeholder="a woman in a red coat with a black backpack",
@@ -101,19 +98,21 @@ def _note(self: Finder, text):
 def _try(self: Finder, search):
     "Show what is found, or in one line why nothing is."
     try:
-        found = search()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the notes are shown
+            found = search()
     except UserError as e:
         return self._note(str(e))
     self.found = found
-    self._note(f"{len(found)} images" if len(found) else "Nothing passes these filters.")
-    self._draw()
+    nothing = "Nothing passes these filters." if self.where() else "Nothing is found."
+    said = [f"{len(found)} images" if len(found) else nothing, *found.attrs.get("notes", []), self._draw()]
+    self._note(". ".join(text for text in said if text))
 
 
 @patch
 def _card(self: Finder, image, path, rank, score):
     "A picture with its rank, its score and its buttons."
     w, data, narrow = self._w, io.BytesIO(), self._w.Layout(width="70px")
-    image.thumbnail((4 * self.height, self.height))
     image.save(data, "PNG")
     picture = w.Image(value=data.getvalue(), format="png", height=self.height)
     title = html.escape(path, quote=True)
@@ -126,12 +125,12 @@ def _card(self: Finder, image, path, rank, score):
 
 @patch
 def _draw(self: Finder):
-    "Draw the list."
+    "Draw the list. Returns why some pictures cannot be shown, empty if all are."
+    size = (4 * self.height, self.height)
+    pictures, note = read_found(self.index.manifest.folder, self.found.path, size)
     cards, self.marks = [], {}
-    for r in self.found.itertuples():
-        try:
-            image = read_image(Path(self.index.manifest.folder) / r.path)
-        except UserError:
-            continue
-        cards.append(self._card(image, r.path, r.rank, r.score))
+    for r, picture in zip(self.found.itertuples(), pictures):
+        if picture:
+            cards.append(self._card(picture, r.path, r.rank, r.score))
     self.pictures.children = cards
+    return note

@@ -7,7 +7,7 @@ __all__ = ['STYLES', 'SYNTH_VERSION', 'LAYOUTS', 'Style', 'SynthWorld', 'checksu
            'write_synth']
 
 # %% ../../nbs/synth/11_dataset.ipynb #b212cbb6
-import hashlib, json, re, shutil
+import hashlib, json, re
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -15,6 +15,7 @@ from zlib import crc32
 import numpy as np
 
 from ..core import UserError, atomic_path, keyed_rng, progress
+from ..files import claimed, read_json
 from .camera import STREET_CAMERAS, picture, studio_camera
 from .captions import STREET_ANNOTATORS, STREET_WORDS, STUDIO_ANNOTATORS, STUDIO_WORDS, caption
 from .people import STREET, STUDIO, Look, Person, draw_person, twin
@@ -184,13 +185,27 @@ def record(
     return out | {"id": ident}
 
 # %% ../../nbs/synth/11_dataset.ipynb #56af9697
+_NAMES = re.compile(r"(cam_\d+/|(train|test)/\d{4,}/)?\d{4,}(_c\d+)?_\d{6,}\.jpg")  # of `record`
+
+
+def _is_synth(folder):
+    "Whether a folder holds the description of a drawn set."
+    try:
+        return {"version", "checksum", "style"} <= read_json(folder / "synth.json").keys()
+    except UserError:
+        return False
+
+
 def _clear(out):
-    "Remove an earlier synthetic set. Raises UserError if the folder holds anything else."
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "synth.json").is_file())):
-        raise UserError(f"{out} holds something else than a synthetic set: choose a new or empty folder")
+    "Remove an earlier synthetic set: its annotation, and the images that have its names."
     for old in LAYOUTS.values():
         (out / old.annotation).unlink(missing_ok=True)
-    shutil.rmtree(out / "imgs", ignore_errors=True)
+    for path in sorted((out / "imgs").rglob("*"), reverse=True):  # a folder after what is in it
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif _NAMES.fullmatch(path.relative_to(out / "imgs").as_posix()):
+            path.unlink()
 
 
 def _describe(world, layout, split):
@@ -230,12 +245,20 @@ def write_synth(
         raise UserError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
     if people < 3:
         raise UserError(f"people must be at least 3, one for each split, got {people}")
-    how, out, ends = LAYOUTS[layout], Path(out), np.cumsum(split_sizes(people, splits))
+    how, ends = LAYOUTS[layout], np.cumsum(split_sizes(people, splits))
     shots = (how.images, how.images) if how.images else shots
     world = SynthWorld(people, seed, style, shots, how.captions or captions_per_image)
-    _clear(out)
     names = ("train", "val" if how.val else "train", "test")
     split = [names[int(np.searchsorted(ends, i, side="right"))] for i in world.person]
+    with claimed(out, "synth", _is_synth, flag="folder") as out:
+        _clear(out)
+        _write(world, out, layout, split, quality)
+    return out
+
+
+def _write(world, out, layout, split, quality):
+    "Write the description, the images, then the annotation."
+    how = LAYOUTS[layout]
     with atomic_path(out / "synth.json") as t:
         t.write_text(json.dumps(_describe(world, layout, split), indent=1, default=int))
     rows = []
@@ -247,4 +270,3 @@ def write_synth(
         world.image(r).save(path, quality=quality, optimize=True)
     with atomic_path(out / how.annotation) as t:
         t.write_text(json.dumps(rows, separators=(",", ":")))
-    return out

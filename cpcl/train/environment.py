@@ -6,13 +6,15 @@
 __all__ = ['processor_name', 'device_name', 'own_commit', 'environment']
 
 # %% ../../nbs/80_train/09_environment.ipynb #ba3eb497
-import os, platform, subprocess, sys
+import os, platform, shlex, subprocess, sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import cpcl
+from ..core import is_checkout
+from ..files import mask_secrets
 
 # %% ../../nbs/80_train/09_environment.ipynb #3e398128
 def processor_name() -> str:  # e.g. "AMD EPYC"; the architecture if the system does not tell
@@ -44,20 +46,35 @@ def device_name() -> str:  # e.g. "NVIDIA H100 80GB HBM3", "MPS Apple M2", "CPU 
     return f"{'MPS' if mps else 'CPU'} {processor_name()}"
 
 # %% ../../nbs/80_train/09_environment.ipynb #9593ee83
+_GIT = (
+    "git",
+    "-c",
+    "core.fsmonitor=false",
+    "-c",
+    f"core.hooksPath={os.devnull}",
+)  # no program of the repository runs
+
+
 def own_commit(
     package=None,  # folder of the package; the imported one if not given
 ) -> str:  # e.g. "v0.1-3-g1a2b3c4-dirty"; empty if the package is not in a checkout of cpcl
     "The commit of the checkout that holds cpcl (git describe)."
     root = Path(package or cpcl.__path__[0]).resolve().parent
-    settings = root / "settings.ini"
-    if not settings.is_file() or "lib_name = cpcl" not in settings.read_text(encoding="utf8"):
+    if not is_checkout(root):
         return ""
-    top = _output("git", "rev-parse", "--show-toplevel", cwd=root)
+    top = _output(*_GIT, "rev-parse", "--show-toplevel", cwd=root)
     if not top or Path(top).resolve() != root:
         return ""
-    return _output("git", "describe", "--always", "--dirty", cwd=root)
+    return _output(*_GIT, "describe", "--always", "--dirty", cwd=root)
 
 # %% ../../nbs/80_train/09_environment.ipynb #3d5bc5e7
+def _command():
+    "How this process was started, as one would type it, without secrets."
+    first = Path(sys.argv[0])
+    ours = first.name == "cpcl" or first.parts[-3:] == ("cpcl", "cli", "__main__.py")
+    return mask_secrets(shlex.join(["cpcl" if ours else str(first), *sys.argv[1:]]))
+
+
 def environment() -> dict:  # plain JSON values: versions, device, threads, commit, command
     "What a run is made with."
     import open_clip, PIL
@@ -72,5 +89,5 @@ def environment() -> dict:  # plain JSON values: versions, device, threads, comm
         device=device_name(),
         threads=torch.get_num_threads(),
         commit=own_commit(),
-        command=" ".join(sys.argv),
+        command=_command(),
     )

@@ -14,7 +14,7 @@ import torch
 from ..core import UserError, progress
 from ..hcm import Batch, Loss, Prototypes, hcm_loss
 from ..pmm import PrototypeMemory
-from .config import MemoryConfig, OptimConfig, TrainConfig, learning_rate, loss_settings
+from .config import MemoryConfig, OptimConfig, TrainConfig, loss_settings, rate_at
 from .history import StepMeans
 from .labels import Features, Labels
 from .processes import gather_rows
@@ -186,11 +186,11 @@ def train_epoch(
     "Walk once through the captions. Raises NotFinite."
     model.train()
     settings, captions, size = loss_settings(cfg, epoch), len(memories.labels_txt), cfg.optim.batch_size
-    steps, warm = len(loader), round(cfg.optim.warmup * len(loader))
-    sums, longest, skipped = {}, 0.0, SkippedSteps(steps)
+    steps, sums, longest = len(loader), {}, 0.0
+    skipped = SkippedSteps(steps)
     for i, share in enumerate(progress(loader, f"epoch {epoch + 1}", unit="step")):
         step = epoch * steps + i
-        factor = learning_rate(step, cfg.optim.epochs * steps, warm)
+        factor = rate_at(cfg.optim, epoch, i, steps)
         set_learning_rate(optimizer, factor)
         batch = encode_batch(model, share, memories, min(size, captions - i * size), bf16)
         total, terms = as_loss(loss(batch, memories.protos, settings))

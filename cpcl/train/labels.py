@@ -93,7 +93,7 @@ class LabelConfig:
 
     # none; each modality's clusters; image clusters for both; true identities
     source: Literal["none", "clusters", "image", "person"] = "clusters"
-    image: ClusterConfig = ClusterConfig(min_samples=2)  # clustering of the images
+    image: ClusterConfig = ClusterConfig(k1=15, k2=3, min_samples=2)  # of the images, each once
     caption: ClusterConfig = ClusterConfig(min_samples=4)  # clustering of the captions
     unit: Literal["image", "pair"] = "image"  # cluster unique images, or one row per pair, as published
     fuse: float = 0.0  # share of the captions in the clustered cosine; 0: each modality alone, as published

@@ -105,10 +105,41 @@ def once(
         raise box[1]
     return box[0]
 
+# %% ../../nbs/80_train/06_processes.ipynb #dca36f0e
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all of them
+_MPI = ("PMI_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE")
+
+
+def _foreign_settings(env):
+    "Names of variables by which accelerate would change a run behind its configuration."
+    prefixes = ("ACCELERATE_", "FSDP_", "FP8_", "PARALLELISM_CONFIG_")
+    found = [name for name in env if name.startswith(prefixes) and name != "ACCELERATE_USE_CPU"]
+    numbers = all(env.get(name, "").isdigit() for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if not numbers or not all(env.get(name) for name in _LAUNCHED):  # rests of another program
+        found += [name for name in (*_LAUNCHED[:3], *_MPI) if name in env]
+    return found
+
+
+def _accelerator(log):
+    "An Accelerator that the configuration alone decides about. Raises UserError."
+    foreign = {name: os.environ.pop(name) for name in _foreign_settings(dict(os.environ))}
+    if log and foreign:
+        log(f"not used, since the configuration decides: {', '.join(sorted(foreign))} of the environment")
+    try:
+        return Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
+    except ValueError as e:
+        raise UserError(
+            f"accelerate does not start ({str(e).splitlines()[0]}): unset ACCELERATE_USE_CPU, or restart the "
+            "notebook's kernel if it has used another Accelerator"
+        ) from None
+    finally:
+        os.environ.update(foreign)
+
 # %% ../../nbs/80_train/06_processes.ipynb #b304f037
 def start_processes(
     precision: str = "auto",  # "auto", "fp32", "bf16" or "fp64"
     deterministic: bool = False,  # the same bits every time on a GPU too
+    log=None,  # receives a line about what is not used of the environment
 ) -> tuple:  # (accelerate's Accelerator, whether the towers run in bf16)
     "Join the other processes, if there are any, and choose the precision. Raises UserError."
     able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -121,4 +152,4 @@ def start_processes(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    return Accelerator(), precision == "bf16" or (precision == "auto" and able)
+    return _accelerator(log), precision == "bf16" or (precision == "auto" and able)

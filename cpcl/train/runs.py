@@ -7,21 +7,23 @@ __all__ = ['score_split', 'identity_calls', 'score_run', 'RunResult', 'train_run
 
 # %% ../../nbs/80_train/04_runs.ipynb #6db29d19
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from ..core import UserError, default_device, progress
 from ..data.images import PixelCache
 from ..data.read import Split, detect, has_split, load_person, load_split
+from ..data.tokens import cut_note
 from ..encoder.towers import EncoderConfig
 from ..encoder.extract import features
 from ..eval.label_quality import quality_of
 from ..eval.scores import evaluate
 from ..hcm import hcm_loss
-from .checkpoint import load_run, write_json
+from ..files import write_json
+from .checkpoint import load_run
 from .config import make_config
 from .labels import check_rows, epoch_labels
-from .loop import fit
+from .loop import fit, hook_names
 from .processes import once, shared_features, start_processes
+from .start import check_run, data_facts, run_folder, weights_of
 
 # %% ../../nbs/80_train/04_runs.ipynb #a7c5c6c4
 def score_split(
@@ -102,7 +104,7 @@ def train_run(
     name = name or detect(root)
     train = load_split(root, name, "train")
     held_out = {s: load_split(root, name, s) for s in ("val", "test") if has_split(root, name, s)}
-    cfg = make_config(preset, schedule, name, len(train.images), encoder, seed, changes)
+    cfg = make_config(preset, schedule, name, len(train.images), encoder, seed, changes, len(train.captions))
     size = cfg.encoder.image_size
     caches = {s: PixelCache(split, size, cache=cache) for s, split in (held_out | {"train": train}).items()}
 
@@ -113,17 +115,24 @@ def train_run(
     quality, truth = identity_calls(train)
     _check(cfg, train, truth, root)
     first = start_processes(cfg.optim.precision, cfg.optim.deterministic)[0].is_main_process
+    data = data_facts(train, **held_out)
+    names = hook_names(cfg, loss, labels)
+    once(lambda: check_run(run, cfg, data | dict(weights=weights_of(cfg.encoder)), resume, names))
     if first:
+        if note := cut_note(train.captions):
+            log(f"note: {note}")
+        _say_counts(cfg, train, log)
         _read_images(caches.values())
     held = _validate if "val" in held_out else None
-    fit(cfg, train, run, held, quality, truth, resume, caches["train"], workers, log, loss, labels)
+    fit(cfg, train, run, held, quality, truth, resume, caches["train"], workers, log, loss, labels, data)
     if not first:
         return None
     split = "test" if "test" in held_out else "train"
     best_by = "val mAP" if "val" in held_out else "no val: best = last"
     scores = score_run(run, held_out.get("test", train), caches[split])
     result = RunResult(**scores, preset=preset, seed=seed, split=split, best_by=best_by)
-    write_json(Path(run) / "result.json", result.as_dict())
+    with run_folder(run) as run:
+        write_json(run / "result.json", result.as_dict())
     return result
 
 # %% ../../nbs/80_train/04_runs.ipynb #ee34486c
@@ -135,6 +144,17 @@ def _check(cfg, train, truth, root):
             f"the supervised preset needs people in the annotation, and {root} has none: "
             "take another --preset"
         )
+
+
+def _say_counts(cfg, train, log):
+    "Log which counts the clustering takes, and from what they follow."
+    if cfg.labels.source in ("clusters", "image"):
+        three = [
+            f"k1 {c.k1}, k2 {c.k2}, min_samples {c.min_samples}"
+            for c in (cfg.labels.image, cfg.labels.caption)
+        ]
+        per_image = len(train.captions) / len(train.images)
+        log(f"clustering, at {per_image:.2g} captions per image: images {three[0]}; captions {three[1]}")
 
 
 def _read_images(caches):
