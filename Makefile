@@ -7,6 +7,10 @@ RELIABLE := tests/test_kill.py tests/test_processes.py tests/test_bad_input.py t
   tests/test_folders.py tests/test_gallery.py tests/test_privacy.py tests/test_machine_code.py tests/test_loaders.py \
   tests/test_command_line.py tests/test_files_of_others.py tests/test_install.py
 
+# they watch signals, locks, other processes or a browser, and get the machine to themselves
+ALONE := tests/test_folders.py tests/test_kill.py tests/test_lab.py tests/test_loaders.py tests/test_machine_code.py \
+  tests/test_page.py tests/test_privacy.py tests/test_processes.py
+
 .PHONY: install demo test test-all export readme lab docs reliability bench help
 
 help: ## this list
@@ -28,7 +32,8 @@ export NUMBA_CACHE_DIR := $(CURDIR)/.cache/numba
 test: install ## what decides whether a change lands
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(ALONE)
 	$(BIN)/nbdev_test --n_workers 2
 
 test-all: test ## also what is marked slow, the tutorials and the ablation notebooks
