@@ -9,7 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from cpcl.cli.training import result_table, trained_on
+from cpcl.cli.training import result_table
+from cpcl.train.start import trained_on
 from cpcl.core import UserError
 from cpcl.data.doctor import doctor
 from cpcl.data.parse import ANNOTATIONS

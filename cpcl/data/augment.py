@@ -25,7 +25,7 @@ class AugmentConfig:
     pad: float = 10  # largest shift in pixels at height 384; scales with the height
     erase: float = 0.5  # probability of erasing a rectangle
     erase_area: tuple[float, float] = (0.02, 0.4)  # smallest and largest part of the area erased
-    mask: float = 0.0  # probability that a token of the caption is masked; published: 0.15
+    mask: float = 0.0  # probability that a token of the caption is masked (published: 0.15)
 
     def __post_init__(self):
         for n in ("flip", "erase", "mask"):

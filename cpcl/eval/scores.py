@@ -93,12 +93,10 @@ def _count_scores(sim, lo, hi, members):
 @functools.cache
 def _compiled():
     "`_count_scores` through numba, compiled for float32 already, cached where possible."
-    import numba  # only when something is scored: tables need the names of the metrics alone
+    # only when something is scored: tables need the names of the metrics alone
+    from cpcl.cluster.machine_code import machine_code
 
-    try:
-        count = numba.njit(cache=True, nogil=True)(_count_scores)
-    except RuntimeError:
-        count = numba.njit(nogil=True)(_count_scores)
+    count = machine_code(_count_scores, nogil=True)
     count(np.zeros((1, 1), "float32"), *np.zeros((3, 1), np.int64))
     return count
 

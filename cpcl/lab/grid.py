@@ -191,7 +191,7 @@ def _missing_error(lacking, beside, found, device, file, total):
             f"({_train_line(lacking, beside, found, device)})"
         )
 
-# %% ../../nbs/lab/04_grid.ipynb #cb0d3693
+# %% ../../nbs/lab/04_grid.ipynb #8fd6fe82
 def _wanted(specs, root, schedule, encoder):
     "Specs with the settings and the code that they come to."
     name, train, modules = detect(root), load_split(root, split="train"), read_modules()
@@ -202,7 +202,7 @@ def _wanted(specs, root, schedule, encoder):
     ]
     return [Wanted(s, cfg, run_code(cfg, *s.hooks, modules)) for s, cfg in zip(specs, cfgs)]
 
-
+# %% ../../nbs/lab/04_grid.ipynb #cb0d3693
 def run_missing(
     specs: list,  # what the notebook compares
     file,  # the records, e.g. records/synth-1k.json

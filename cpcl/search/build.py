@@ -6,7 +6,7 @@
 __all__ = ['TRIES', 'ROUNDED', 'AT_ONCE', 'SENTENCES', 'NAMED', 'encode_images', 'open_store', 'build_index']
 
 # %% ../../nbs/search/05_build.ipynb #7c96dfca
-import contextlib, filecmp, hashlib, os, shutil
+import filecmp, hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -20,7 +20,7 @@ import torch
 from ..core import UserError, progress
 from ..data import Split
 from ..data.images import pixels_of, to_tensor
-from ..files import LOCK, MARK, check_folder, claimed, digest, mask_secrets, printable, user_path
+from ..files import check_folder, claimed, digest, mask_secrets, printable, user_path
 from .columns import few_values, with_columns
 from .gallery import scan_images
 from .manifest import Manifest, is_index, read_manifest
@@ -291,19 +291,6 @@ def _real(path):
     "A path in full. Raises UserError if it cannot be written down."
     return user_path(user_path(path).resolve())
 
-
-@contextlib.contextmanager
-def _held(out, inputs):
-    "Hold the index's folder. If the block fails with nothing written to a new folder, it is removed."
-    folder, new = user_path(out), not os.path.lexists(user_path(out))
-    try:
-        with claimed(folder, "index", ours=is_index, inputs=inputs) as held:
-            yield held
-    except BaseException:
-        if new and folder.is_dir() and set(os.listdir(folder)) <= {MARK, LOCK}:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
 # %% ../../nbs/search/05_build.ipynb #5933612b
 def build_index(
     folder,  # of image crops, or a `Split`
@@ -327,7 +314,7 @@ def build_index(
     found, left = scan_images(images, ignore=out)
     found = with_columns(found, columns, folder, log)
     weights = digest(encoder_file(run))
-    with _held(out, (folder, run)) as out:
+    with claimed(out, "index", is_index, (folder, run)) as out:
         if left.line():
             log(left.line())
         job = _Job(found, folder, run, out, weights, address, exact_rows)

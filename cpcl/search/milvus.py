@@ -14,10 +14,9 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import UserError
+from ..core import UserError, need
 from ..files import mask_secrets, printable
 from .manifest import Manifest, publish, read_manifest
-from .store import optional
 
 # %% ../../nbs/search/04_milvus.ipynb #3ba236c4
 def row_id(
@@ -114,7 +113,7 @@ def _held_elsewhere(path):
 
 def _lite(uri):
     "Prepare for a file of Milvus Lite. Raises UserError if another process has it open."
-    optional("milvus_lite", "for a Milvus store in a file, install cpcl[milvus]")
+    need("milvus_lite", "milvus")
     Path(uri).parent.mkdir(parents=True, exist_ok=True)
     if _held_elsewhere(uri):
         raise UserError(
@@ -129,7 +128,7 @@ def connect(
     check_address(uri)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Milvus Lite still uses pkg_resources
-        pymilvus = optional("pymilvus", "for a Milvus store, install cpcl[milvus]")
+        pymilvus = need("pymilvus", "milvus")
         if "://" not in uri:
             _lite(uri)
         for name in ("pymilvus", "pymilvus.client.grpc_handler", "pymilvus.decorators"):

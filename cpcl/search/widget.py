@@ -10,9 +10,8 @@ import html, io, warnings
 
 from fastcore.basics import patch
 
-from ..core import UserError
+from ..core import UserError, need
 from .gallery import read_found
-from .store import optional
 
 # %% ../../nbs/search/06_widget.ipynb #8c7e86a1
 class Finder:
@@ -24,7 +23,7 @@ class Finder:
         k: int = 12,  # images in the first list
         height: int = 150,  # of a picture, pixels
     ):
-        w = optional("ipywidgets", "to explore an index in a notebook, install ipywidgets")
+        w = need("ipywidgets", "app")
         self.index, self.height, self.found, self.marks, self._w = index, height, None, {}, w
         self.sentence = w.Text(
             placeholder="a woman in a red coat with a black backpack",
