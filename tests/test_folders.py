@@ -123,7 +123,12 @@ def test_no_program_of_a_strange_repository_runs(things, tmp_path, monkeypatch, 
     trap.write_text(f"#!/bin/sh\ntouch {trace}\n")
     trap.chmod(0o755)
     (strange / "settings.ini").write_text("[DEFAULT]\nlib_name = cpcl\n")
-    subprocess.run(["git", "init", "-q"], cwd=strange, check=True)
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", *command], cwd=strange, check=True)
+    theirs = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=strange, capture_output=True, text=True
+    )
     for name in ("core.fsmonitor", "core.pager", "core.sshCommand"):
         subprocess.run(["git", "config", name, str(trap)], cwd=strange, check=True)
     monkeypatch.chdir(strange)
@@ -131,8 +136,7 @@ def test_no_program_of_a_strange_repository_runs(things, tmp_path, monkeypatch, 
     assert status == 0, err
     assert not trace.exists()
     made = json.loads((tmp_path / "r" / "environment.json").read_text())
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=strange, capture_output=True, text=True).stdout
-    assert not made["commit"] or not head.startswith(made["commit"][:7])
+    assert theirs.stdout.strip() and theirs.stdout.strip() not in made["commit"]
 
 
 def test_settings_of_another_program_are_not_read(things, tmp_path, monkeypatch, promise):
