@@ -121,7 +121,7 @@ def _label(labels, features, cfg, truth, log):
 
 def _judge(found, features, cfg, quality, run, history, log):
     "(LabelReport, numbers of `quality`) of an epoch's labels. What is odd about them is logged."
-    report = label_report(found)
+    report = label_report(found, features)
     rows = len(features.img), len(features.txt)
     for line in label_remarks(report, *rows, cfg.labels.source):
         log(f"  {line}")

@@ -146,13 +146,16 @@ def _check(cfg, train, truth, root):
         )
 
 
+def _counts(c):
+    "The counts of a clustering in words."
+    chosen = "k1, k2 and min_samples chosen in every epoch"
+    return chosen if c.k1 == "auto" else f"k1 {c.k1}, k2 {c.k2}, min_samples {c.min_samples}"
+
+
 def _say_counts(cfg, train, log):
     "Log which counts the clustering takes, and from what they follow."
     if cfg.labels.source in ("clusters", "image"):
-        three = [
-            f"k1 {c.k1}, k2 {c.k2}, min_samples {c.min_samples}"
-            for c in (cfg.labels.image, cfg.labels.caption)
-        ]
+        three = [_counts(c) for c in (cfg.labels.image, cfg.labels.caption)]
         per_image = len(train.captions) / len(train.images)
         log(f"clustering, at {per_image:.2g} captions per image: images {three[0]}; captions {three[1]}")
 
