@@ -17,7 +17,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from .core import UserError, atomic_path, need
-from .data.images import CLIP_MEAN, CLIP_STD
+from .data.images import CLIP_MEAN, CLIP_STD, USUAL_FILTER
 from .data.tokens import tokenize
 from .encoder.towers import Encoder
 from .encoder.weights import check_fit, read_published, read_weights
@@ -112,8 +112,9 @@ class CPCL(
         image_size: list = (96, 40),  # [height, width] in pixels
         results: dict = None,  # metric -> percent of the run, for the card
         trained: Provenance | None = None,  # how it was trained, for the card
+        resize: str = USUAL_FILTER,  # the filter that resizes its images, "bicubic" or "bilinear"
     ):
-        super().__init__(model, image_size)
+        super().__init__(model, image_size, resize)
         self.results, self.trained = results or {}, trained or Provenance()
         self.eval()
 
@@ -160,9 +161,8 @@ def _settings(folder):
     for key in kinds.keys() & trained.keys():
         expect(trained[key], kinds[key], f"{where}: trained, {key}")
     known = {k: v for k, v in trained.items() if k in kinds and v is not None}
-    return dict(
-        model=said["model"], image_size=said["image_size"], results=results, trained=Provenance(**known)
-    )
+    kept = {k: said[k] for k in ("model", "image_size", "resize") if k in said}
+    return kept | dict(results=results, trained=Provenance(**known))
 
 
 def is_model(
@@ -204,6 +204,7 @@ def from_run(
         image_size=list(encoder.image_size),
         results={m: scores[m] for m in METRICS if scores.get(m) is not None},
         trained=Provenance(cfg.preset, cfg.seed, cfg.optim.epochs, str(data.get("name", "")), split),
+        resize=encoder.resize,
     )
     model.load_state_dict(encoder.state_dict())
     return model
@@ -299,7 +300,7 @@ def _write_preprocess(encoder: Encoder, path):
     how = dict(
         model=encoder.model,
         image_size=list(encoder.image_size),
-        resize="bicubic",
+        resize=encoder.resize,
         scale=1 / 255,
         mean=list(CLIP_MEAN),
         std=list(CLIP_STD),

@@ -9,6 +9,7 @@ __all__ = ['TINY', 'MAX_SIDE', 'MAX_AREA', 'GROUP', 'check_size', 'EncoderConfig
 # %% ../../nbs/20_encoder/00_towers.ipynb #74e614cf
 import copy, difflib, inspect, os
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from ..core import UserError, at_least_float32
-from ..data.images import pixels_of, to_tensor
+from ..data.images import USUAL_FILTER, check_filter, pixels_of, to_tensor
 from ..data.tokens import tokenize
 from ..files import expect, short
 
@@ -57,6 +58,8 @@ class EncoderConfig:
     pretrained: str = "tiny"  # "tiny", an open_clip tag ("openai"), a file, or "" for random weights
     height: int = 0  # image height in pixels; 0: 96 for tiny, else 384
     width: int = 0  # image width in pixels; 0: 40 for tiny, else 128
+    # the filter that resizes its images; "": the one that the file of its weights names, else bicubic
+    resize: Literal["", "bicubic", "bilinear"] = ""
 
     def __post_init__(self):
         for name in ("model", "pretrained"):
@@ -69,6 +72,8 @@ class EncoderConfig:
         if bool(self.height) != bool(self.width):
             raise UserError(f"give height and width both (or neither), got {self.height}x{self.width}")
         check_size(self.image_size)
+        if self.resize:
+            check_filter(self.resize)
         if self.pretrained == "tiny" and self.model != "tiny":
             raise UserError(f"the tiny CLIP's weights do not fit {self.model}: give --pretrained openai")
 
@@ -163,11 +168,12 @@ class Encoder(nn.Module):
         self,
         model: str = "tiny",  # "tiny" or an open_clip name
         image_size: tuple = (96, 40),  # (height, width) in pixels
+        resize: str = USUAL_FILTER,  # the filter that resizes its images, "bicubic" or "bilinear"
     ):
         super().__init__()
         import open_clip
 
-        self.model, self.image_size = model, tuple(image_size)
+        self.model, self.image_size, self.resize = model, tuple(image_size), check_filter(resize)
         cfg = architecture(model, self.image_size)
         kind = open_clip.CustomTextCLIP if cfg.pop("custom_text", False) else open_clip.CLIP
         self.clip = kind(**cfg)
@@ -234,5 +240,6 @@ def embed_images(
     images = [images] if one else list(images)
     if not images:
         return np.zeros((0, self.width), np.float32)
-    batch = torch.stack([to_tensor(pixels_of(i, self.image_size)) for i in images])
+    pixels = [pixels_of(image, self.image_size, self.resize) for image in images]
+    batch = torch.stack([to_tensor(x) for x in pixels])
     return self.encode_image(batch.to(next(self.parameters()).device)).float().cpu().numpy()

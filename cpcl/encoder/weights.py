@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_WEIGHTS', 'Header', 'read_header', 'save_encoder', 'read_weights', 'is_program', 'fetch', 'check_fit',
-           'load_encoder', 'read_published', 'convert']
+           'load_encoder', 'filter_of', 'read_published', 'convert']
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #a0391d66
 import math, os, zipfile
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..core import UserError, atomic_path, repo_root
+from ..data.images import USUAL_FILTER, check_filter
 from .towers import Encoder, EncoderConfig, architecture, check_size, resize_positions
 from ..files import expect, json_text, parse_json, printable, read_json, short, user_path
 
@@ -26,10 +27,12 @@ class Header:
     image_size: tuple = ()  # (height, width) in pixels
     grid: tuple = ()  # (rows, columns) of patches that the position table was learnt on
     info: dict = field(default_factory=dict)  # further entries, e.g. the epoch
+    resize: str = ""  # the filter that resizes its images; "": bicubic, as CLIP
 
     def as_dict(self) -> dict:  # the JSON of the file
         "The entries that are not empty, `info` at the same level."
         mine = dict(model=self.model, image_size=list(self.image_size), grid=list(self.grid))
+        mine["resize"] = self.resize if self.resize != USUAL_FILTER else ""
         return {k: v for k, v in mine.items() if v} | self.info
 
     @classmethod
@@ -38,10 +41,12 @@ class Header:
         entries: dict,  # the JSON of a file
     ):  # a Header
         "The opposite of `as_dict`. Raises UserError for entries of another type."
-        info = {k: v for k, v in entries.items() if k not in ("model", "image_size", "grid")}
+        info = {k: v for k, v in entries.items() if k not in ("model", "image_size", "grid", "resize")}
         model = expect(entries.get("model", ""), str, "model")
         size, grid = (entries.get(k) or () for k in ("image_size", "grid"))
-        return cls(model, size and check_size(size), grid and check_size(grid, "grid"), info)
+        resize = entries.get("resize", "")
+        size, grid = size and check_size(size), grid and check_size(grid, "grid")
+        return cls(model, size, grid, info, resize and check_filter(resize))
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #9964c72a
 def read_header(
@@ -72,7 +77,7 @@ def save_encoder(
         return (x.half() if half and x.is_floating_point() else x).detach().cpu().contiguous()
 
     state = {name: _stored(x) for name, x in encoder.clip.state_dict().items()}
-    header = Header(encoder.model, encoder.image_size, encoder.grid, info)
+    header = Header(encoder.model, encoder.image_size, encoder.grid, info, encoder.resize)
     path = user_path(path)
     with atomic_path(path) as part:
         save_file(state, part, metadata={"cpcl": json_text(header.as_dict())})
@@ -225,12 +230,13 @@ def load_encoder(
 
     Raises UserError if the weights are not found or do not fit.
     """
-    encoder = Encoder(cfg.model, cfg.image_size).eval()
+    encoder = Encoder(cfg.model, cfg.image_size, cfg.resize or USUAL_FILTER).eval()
     path = fetch(cfg)
     if path is None:
         return encoder
     state = read_weights(path)
-    header = read_header(path) if path.suffix == ".safetensors" else Header()
+    header = _header_of(path)
+    encoder.resize = cfg.resize or header.resize or USUAL_FILTER
     if header.model not in ("", cfg.model):
         holds = printable(header.model)[:60]
         raise UserError(f"{printable(path)} holds a {holds}, not a {cfg.model}: give --model {holds}")
@@ -243,10 +249,22 @@ def load_encoder(
     encoder.clip.load_state_dict({name: x.to(wanted[name].dtype) for name, x in state.items()})
     return encoder
 
+# %% ../../nbs/20_encoder/01_weights.ipynb #49f446f0
+def _header_of(path):
+    "The header of a file of weights; empty for a file of torch, and where there is none."
+    return read_header(path) if path and path.suffix == ".safetensors" else Header()
+
+
+def filter_of(
+    cfg: EncoderConfig,  # model, weights and perhaps a filter
+) -> str:  # a key of `FILTERS`
+    "The filter by which an encoder has its images resized. Raises UserError if its weights are not found."
+    return cfg.resize or _header_of(fetch(cfg)).resize or USUAL_FILTER
+
 # %% ../../nbs/20_encoder/01_weights.ipynb #9da01527
 def read_published(
     folder,  # of a published model
-) -> dict:  # its config.json, whose `model` and `image_size` are checked
+) -> dict:  # its config.json, whose `model`, `image_size` and `resize` are checked
     "The configuration of a published model. Raises UserError if it does not name a model that can be built."
     path = user_path(folder) / "config.json"
     said, name = read_json(path, remedy="get the model again"), printable(path)
@@ -254,6 +272,7 @@ def read_published(
         raise UserError(f"{name} names no {' and no '.join(missing)}: it is not the folder of a model")
     try:
         architecture(expect(said["model"], str, "model"), said["image_size"])
+        check_filter(said.get("resize", USUAL_FILTER))
     except UserError as e:
         raise UserError(f"{name}: {printable(e)}") from None
     return said

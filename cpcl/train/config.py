@@ -129,10 +129,13 @@ PRESETS = {
         "labels.oplm.stages": "none",
         "hcm.pcm": "none",
         "hcm.match": "pseudo",
+        "hcm.beta": 1.0,
+        "hcm.itc_matches": "negative",
         "hcm.chm": 1.0,
+        "hcm.chm_reduce": "sum",
     },
     "cpcl": {},
-    "supervised": {"labels.source": "person", "labels.oplm.stages": "none", "hcm.match": "pseudo"},
+    "supervised": {"labels.source": "person", "labels.oplm.stages": "none"},
 }
 
 # %% ../../nbs/80_train/00_config.ipynb #8c7da9ea
@@ -250,7 +253,15 @@ def data_settings(
 
 # %% ../../nbs/80_train/00_config.ipynb #87e0fe55
 SCHEDULES = {
-    "paper": {"optim.per": "epoch", "optim.adam_eps": 1e-3, "hcm.beta": 1.0, "augment.mask": 0.15},
+    "paper": {
+        "encoder.resize": "bilinear",
+        "optim.per": "epoch",
+        "optim.adam_eps": 1e-3,
+        "hcm.beta": 1.0,
+        "hcm.itc_matches": "negative",
+        "augment.mask": 0.15,
+        "augment.erase_value": "mean",
+    },
     "tiny": {"optim.lr": 1e-3, "optim.epochs": 8, "optim.warmup": 1, "hcm.beta": 1.0},
     "bench": {"optim.lr": 1e-3, "optim.epochs": 3, "optim.warmup": 1, "hcm.beta": 1.0, "hcm.lam": 3.0},
 }
@@ -278,7 +289,8 @@ def make_config(
         raise UserError("a preset is a whole set of settings: give --preset, not --set preset=")
     captions = captions or images * PER_IMAGE.get(data, 2)
     by_data = data_settings(images, captions, (changes or {}).get("labels.unit")) if images else {}
-    layers = SCHEDULES[schedule] | by_data | PRESETS[preset] | (changes or {})
+    given = {"encoder.resize": encoder.resize} if encoder.resize else {}
+    layers = SCHEDULES[schedule] | given | by_data | PRESETS[preset] | (changes or {})
     return override(TrainConfig(preset=preset, encoder=encoder, seed=seed), _together(layers))
 
 
