@@ -261,7 +261,7 @@ def _facts(self: Eval, split, person, data):
         note=other_data_note(split, data) if data else "",
     )
 
-
+# %% ../../nbs/cli/01_training.ipynb #569ab582
 @patch
 def _load(self: Eval):
     "The encoder to score. What is special about its weights goes to stderr, beside the numbers."
