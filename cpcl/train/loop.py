@@ -64,8 +64,8 @@ def fit(
     accelerator, bf16 = start_processes(cfg.optim.precision, cfg.optim.deterministic, log)
     device, first = accelerator.device, accelerator.is_main_process
     seed_everything(cfg.seed)
-    loss, labels, encoder = load_function(loss), load_function(labels), load_encoder(cfg.encoder)
     run, log = user_path(run), log if first else _silent
+    loss, labels, encoder = load_function(loss), load_function(labels), load_encoder(cfg.encoder, log)
     with held_run(run, train.root):
         once(lambda: _open(run, cfg, data or data_facts(train), resume, hooks))
         encoder, optimizer, history = _restore(cfg, encoder, run, resume, device, log)
