@@ -162,8 +162,8 @@ def _settings(folder):
     for key in kinds.keys() & trained.keys():
         expect(trained[key], kinds[key], f"{where}: trained, {key}")
     known = {k: v for k, v in trained.items() if k in kinds and v is not None}
-    kept = {k: said[k] for k in ("model", "image_size", "reading", "resize") if k in said}
-    return kept | dict(results=results, trained=Provenance(**known))
+    towers = {name: said[name] for name in ("model", "image_size", "reading", "resize")}
+    return towers | dict(results=results, trained=Provenance(**known))
 
 
 def is_model(

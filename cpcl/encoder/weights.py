@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'Header', 'read_header', 'save_encoder', 'read_weights', 'is_program', 'fetch', 'tag_reading',
-           'read_published', 'check_fit', 'about', 'reading_of', 'load_encoder', 'filter_of']
+           'read_published', 'check_fit', 'about', 'reading_of', 'filter_of', 'load_encoder']
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #a0391d66
 import os, re, zipfile
@@ -35,8 +35,8 @@ class Header:
     def as_dict(self) -> dict:  # the JSON of the file
         "The entries that are not empty, `info` at the same level."
         mine = dict(model=self.model, image_size=list(self.image_size), grid=list(self.grid))
-        mine["resize"] = self.resize if self.resize != USUAL_FILTER else ""
         mine["reading"] = self.reading and self.reading.as_dict()
+        mine["resize"] = self.resize if self.resize != USUAL_FILTER else ""
         return {k: v for k, v in mine.items() if v} | self.info
 
     @classmethod
@@ -45,14 +45,17 @@ class Header:
         entries: dict,  # the JSON of a file
     ):  # a Header
         "The opposite of `as_dict`. Raises UserError for entries of another type."
-        known = ("model", "image_size", "grid", "reading", "resize")
-        info = {k: v for k, v in entries.items() if k not in known}
+        own = ("model", "image_size", "grid", "reading", "resize")
+        info = {k: v for k, v in entries.items() if k not in own}
         model = expect(entries.get("model", ""), str, "model")
         size, grid = (entries.get(k) or () for k in ("image_size", "grid"))
-        size, grid = size and check_size(size), grid and check_size(grid, "grid")
         reading = Reading.from_dict(entries["reading"]) if "reading" in entries else None
-        resize = entries.get("resize", "")
-        return cls(model, size, grid, info, reading, resize and check_filter(resize))
+        size, grid, resize = (
+            size and check_size(size),
+            grid and check_size(grid, "grid"),
+            entries.get("resize"),
+        )
+        return cls(model, size, grid, info, reading, check_filter(resize) if resize else "")
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #9964c72a
 def read_header(
@@ -210,9 +213,9 @@ def read_published(
         raise UserError(f"{name} names no {' and no '.join(missing)}: it is not the folder of a model")
     try:
         architecture(expect(said["model"], str, "model"), said["image_size"])
-        check_filter(said.get("resize", USUAL_FILTER))
         usual, reading = usual_reading(said["model"]), said.get("reading")
-        return said | dict(reading=usual if reading is None else Reading.from_dict(reading))
+        reading = usual if reading is None else Reading.from_dict(reading)
+        return said | dict(reading=reading, resize=check_filter(said.get("resize", USUAL_FILTER)))
     except UserError as e:
         raise UserError(f"{name}: {printable(e)}") from None
 
@@ -259,13 +262,8 @@ def about(
     except UserError:
         return header
     size = check_size(said["image_size"])
-    return Header(
-        said["model"],
-        size,
-        _grid(said["model"], size),
-        reading=said["reading"],
-        resize=said.get("resize", ""),
-    )
+    grid = _grid(said["model"], size)
+    return Header(said["model"], size, grid, reading=said["reading"], resize=said["resize"])
 
 
 def _grid(model, size=None):
@@ -291,6 +289,14 @@ def reading_of(
     else:
         said = about(fetch(cfg)).reading if cfg.pretrained else None
     return said or usual_reading(cfg.model)
+
+
+def filter_of(
+    cfg: EncoderConfig,  # model, weights and perhaps a filter; nothing is downloaded
+) -> str:  # a key of `FILTERS`
+    "The filter by which an encoder has its images resized: the given one, else its file's, else bicubic."
+    said = "" if _is_tag(cfg) or not cfg.pretrained else about(fetch(cfg)).resize
+    return cfg.resize or said or USUAL_FILTER
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #dc45b699
 def _grid_of(patches, about, cfg, wanted):
@@ -351,13 +357,12 @@ def load_encoder(
     """
     path = fetch(cfg)
     if path is None:
-        return Encoder(cfg.model, cfg.image_size, resize=cfg.resize or USUAL_FILTER).eval()
+        return Encoder(cfg.model, cfg.image_size, resize=filter_of(cfg)).eval()
     state, said = read_weights(path), about(path)
     if said.model not in ("", cfg.model):
         holds = printable(said.model)[:60]
         raise UserError(f"{printable(path)} holds a {holds}, not a {cfg.model}: give --model {holds}")
-    resize = cfg.resize or said.resize or USUAL_FILTER
-    encoder, grid = Encoder(cfg.model, cfg.image_size, reading_of(cfg), resize).eval(), None
+    encoder, grid = Encoder(cfg.model, cfg.image_size, reading_of(cfg), filter_of(cfg)).eval(), None
     wanted = encoder.clip.state_dict()
     try:
         towers = towers_in(state, wanted)
@@ -371,15 +376,3 @@ def load_encoder(
     if line := _remark(cfg, path, said, encoder, towers.left_out(), grid):
         log(line)
     return encoder
-
-# %% ../../nbs/20_encoder/01_weights.ipynb #49f446f0
-def _header_of(path):
-    "The header of a file of weights; empty for a file of torch, and where there is none."
-    return read_header(path) if path and path.suffix == ".safetensors" else Header()
-
-
-def filter_of(
-    cfg: EncoderConfig,  # model, weights and perhaps a filter
-) -> str:  # a key of `FILTERS`
-    "The filter by which an encoder has its images resized. Raises UserError if its weights are not found."
-    return cfg.resize or _header_of(fetch(cfg)).resize or USUAL_FILTER

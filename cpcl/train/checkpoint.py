@@ -16,7 +16,6 @@ import torch
 from .config import TrainConfig, config_from
 from ..core import UserError, atomic_path
 from ..files import expect, json_text, parse_json, read_json, user_path
-from ..data.images import USUAL_FILTER
 from ..encoder.towers import Encoder
 from ..encoder.weights import check_fit, load_encoder, read_published, read_weights
 
@@ -195,8 +194,7 @@ def load_run(
     if path.name != "model.safetensors":
         return load_encoder(replace(read_config(run).encoder, pretrained=str(path)))
     said = read_published(path.parent)
-    resize = said.get("resize", USUAL_FILTER)
-    encoder = Encoder(said["model"], tuple(said["image_size"]), said["reading"], resize)
+    encoder = Encoder(said["model"], tuple(said["image_size"]), said["reading"], said["resize"])
     state = read_weights(path)
     check_fit(state, encoder.state_dict(), path, f"{said['model']} at {tuple(said['image_size'])}")
     encoder.load_state_dict(state)
