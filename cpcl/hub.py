@@ -17,6 +17,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from .core import UserError, atomic_path, need
+from .data.images import USUAL_FILTER
 from .data.tokens import tokenize
 from .encoder.towers import Encoder, Reading
 from .encoder.weights import check_fit, read_published, read_weights
@@ -112,8 +113,9 @@ class CPCL(
         results: dict = None,  # metric -> percent of the run, for the card
         trained: Provenance | None = None,  # how it was trained, for the card
         reading: Reading | None = None,  # how its weights want to be read; None: as usual for the model
+        resize: str = USUAL_FILTER,  # the filter that resizes its images, "bicubic" or "bilinear"
     ):
-        super().__init__(model, image_size, reading)
+        super().__init__(model, image_size, reading, resize)
         self.results, self.trained = results or {}, trained or Provenance()
         self.eval()
 
@@ -160,7 +162,7 @@ def _settings(folder):
     for key in kinds.keys() & trained.keys():
         expect(trained[key], kinds[key], f"{where}: trained, {key}")
     known = {k: v for k, v in trained.items() if k in kinds and v is not None}
-    towers = {name: said[name] for name in ("model", "image_size", "reading")}
+    towers = {name: said[name] for name in ("model", "image_size", "reading", "resize")}
     return towers | dict(results=results, trained=Provenance(**known))
 
 
@@ -204,6 +206,7 @@ def from_run(
         results={m: scores[m] for m in METRICS if scores.get(m) is not None},
         trained=Provenance(cfg.preset, cfg.seed, cfg.optim.epochs, str(data.get("name", "")), split),
         reading=encoder.reading,
+        resize=encoder.resize,
     )
     model.load_state_dict(encoder.state_dict())
     return model
@@ -300,7 +303,7 @@ def _write_preprocess(encoder: Encoder, path):
     how = dict(
         model=encoder.model,
         image_size=list(encoder.image_size),
-        resize="bicubic",
+        resize=encoder.resize,
         scale=1 / 255,
         mean=list(encoder.reading.mean),
         std=list(encoder.reading.std),

@@ -17,10 +17,12 @@ LONGEST = 2000  # characters of a line; more is cut in the middle
 def one_line(
     text,  # a message, perhaps with other people's words in it
 ) -> str:  # printable, on one line, at most `LONGEST` characters
-    "A message as one printable line, cut in the middle if it is long."
-    from cpcl.files import printable
+    "A message as one printable line without secrets, cut in the middle if it is long."
+    from cpcl.files import mask_secrets, printable
 
-    line = printable(" ".join(str(text).split()))
+    text = " ".join(str(text).split())
+    text = text if len(text) <= 5 * LONGEST else f"{text[: 4 * LONGEST]} ... {text[-LONGEST:]}"
+    line = mask_secrets(printable(text))
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 505]} ... {line[-500:]}"
 
 # %% ../../nbs/cli/00_errors.ipynb #6929a3e2

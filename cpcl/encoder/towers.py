@@ -7,9 +7,10 @@ __all__ = ['TINY', 'MAX_SIDE', 'MAX_AREA', 'GROUP', 'check_size', 'EncoderConfig
            'resize_positions', 'by_length', 'Encoder']
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #74e614cf
-import copy, difflib, inspect, math, os
+import copy, difflib, inspect, os
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from ..core import UserError, at_least_float32
-from ..data.images import CLIP_MEAN, CLIP_STD, pixels_of, to_tensor
+from ..data.images import CLIP_MEAN, CLIP_STD, USUAL_FILTER, check_filter, pixels_of, to_tensor
 from ..data.tokens import tokenize
 from ..files import expect, short
 
@@ -58,6 +59,8 @@ class EncoderConfig:
     pretrained: str = "tiny"  # "tiny", an open_clip tag ("openai"), a file, or "" for random weights
     height: int = 0  # image height in pixels; 0: 96 for tiny, else 384
     width: int = 0  # image width in pixels; 0: 40 for tiny, else 128
+    # the filter that resizes its images; "": the one that the file of its weights names, else bicubic
+    resize: Literal["", "bicubic", "bilinear"] = ""
 
     def __post_init__(self):
         for name in ("model", "pretrained"):
@@ -70,6 +73,8 @@ class EncoderConfig:
         if bool(self.height) != bool(self.width):
             raise UserError(f"give height and width both (or neither), got {self.height}x{self.width}")
         check_size(self.image_size)
+        if self.resize:
+            check_filter(self.resize)
         if self.pretrained == "tiny" and self.model != "tiny":
             raise UserError(f"the tiny CLIP's weights do not fit {self.model}: give --pretrained openai")
 
@@ -243,11 +248,12 @@ class Encoder(nn.Module):
         model: str = "tiny",  # "tiny" or an open_clip name
         image_size: tuple = (96, 40),  # (height, width) in pixels
         reading: Reading = None,  # how its weights want to be read; None: as usual for the model
+        resize: str = USUAL_FILTER,  # the filter that resizes its images, "bicubic" or "bilinear"
     ):
         super().__init__()
         import open_clip
 
-        self.model, self.image_size = model, tuple(image_size)
+        self.model, self.image_size, self.resize = model, tuple(image_size), check_filter(resize)
         cfg = architecture(model, self.image_size)
         self.reading = reading or usual_reading(model)
         cfg["quick_gelu"] = self.reading.quick_gelu
@@ -313,5 +319,6 @@ def embed_images(
     images = [images] if one else list(images)
     if not images:
         return np.zeros((0, self.width), np.float32)
-    batch = torch.stack([to_tensor(pixels_of(i, self.image_size)) for i in images])
+    pixels = [pixels_of(image, self.image_size, self.resize) for image in images]
+    batch = torch.stack([to_tensor(x) for x in pixels])
     return self.encode_image(batch.to(next(self.parameters()).device)).float().cpu().numpy()

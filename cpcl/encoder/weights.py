@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POSITIONS', 'Header', 'read_header', 'save_encoder', 'read_weights', 'is_program', 'fetch', 'tag_reading',
-           'read_published', 'check_fit', 'about', 'reading_of', 'load_encoder']
+           'read_published', 'check_fit', 'about', 'reading_of', 'filter_of', 'load_encoder']
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #a0391d66
 import os, re, zipfile
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..core import UserError, atomic_path, repo_root
-from ..data.images import CLIP_MEAN, CLIP_STD
+from ..data.images import CLIP_MEAN, CLIP_STD, USUAL_FILTER, check_filter
 from .others import possible_grids, towers_in, unwrapped
 from .towers import Encoder, EncoderConfig, Reading, TINY, architecture, check_size
 from .towers import resize_positions, usual_reading
@@ -30,11 +30,13 @@ class Header:
     grid: tuple = ()  # (rows, columns) of patches that the position table was learnt on
     info: dict = field(default_factory=dict)  # further entries, e.g. the epoch
     reading: Reading | None = None  # how the weights want to be read; None: as usual for the model
+    resize: str = ""  # the filter that resizes its images; "": bicubic, as CLIP
 
     def as_dict(self) -> dict:  # the JSON of the file
         "The entries that are not empty, `info` at the same level."
         mine = dict(model=self.model, image_size=list(self.image_size), grid=list(self.grid))
         mine["reading"] = self.reading and self.reading.as_dict()
+        mine["resize"] = self.resize if self.resize != USUAL_FILTER else ""
         return {k: v for k, v in mine.items() if v} | self.info
 
     @classmethod
@@ -43,11 +45,17 @@ class Header:
         entries: dict,  # the JSON of a file
     ):  # a Header
         "The opposite of `as_dict`. Raises UserError for entries of another type."
-        info = {k: v for k, v in entries.items() if k not in ("model", "image_size", "grid", "reading")}
+        own = ("model", "image_size", "grid", "reading", "resize")
+        info = {k: v for k, v in entries.items() if k not in own}
         model = expect(entries.get("model", ""), str, "model")
         size, grid = (entries.get(k) or () for k in ("image_size", "grid"))
         reading = Reading.from_dict(entries["reading"]) if "reading" in entries else None
-        return cls(model, size and check_size(size), grid and check_size(grid, "grid"), info, reading)
+        size, grid, resize = (
+            size and check_size(size),
+            grid and check_size(grid, "grid"),
+            entries.get("resize"),
+        )
+        return cls(model, size, grid, info, reading, check_filter(resize) if resize else "")
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #9964c72a
 def read_header(
@@ -79,7 +87,7 @@ def save_encoder(
 
     state = {name: _stored(x) for name, x in encoder.clip.state_dict().items()}
     reading = None if encoder.reading == usual_reading(encoder.model) else encoder.reading
-    header = Header(encoder.model, encoder.image_size, encoder.grid, info, reading)
+    header = Header(encoder.model, encoder.image_size, encoder.grid, info, reading, encoder.resize)
     path = user_path(path)
     with atomic_path(path) as part:
         save_file(state, part, metadata={"cpcl": json_text(header.as_dict())})
@@ -206,7 +214,8 @@ def read_published(
     try:
         architecture(expect(said["model"], str, "model"), said["image_size"])
         usual, reading = usual_reading(said["model"]), said.get("reading")
-        return said | dict(reading=usual if reading is None else Reading.from_dict(reading))
+        reading = usual if reading is None else Reading.from_dict(reading)
+        return said | dict(reading=reading, resize=check_filter(said.get("resize", USUAL_FILTER)))
     except UserError as e:
         raise UserError(f"{name}: {printable(e)}") from None
 
@@ -253,7 +262,8 @@ def about(
     except UserError:
         return header
     size = check_size(said["image_size"])
-    return Header(said["model"], size, _grid(said["model"], size), reading=said["reading"])
+    grid = _grid(said["model"], size)
+    return Header(said["model"], size, grid, reading=said["reading"], resize=said["resize"])
 
 
 def _grid(model, size=None):
@@ -279,6 +289,14 @@ def reading_of(
     else:
         said = about(fetch(cfg)).reading if cfg.pretrained else None
     return said or usual_reading(cfg.model)
+
+
+def filter_of(
+    cfg: EncoderConfig,  # model, weights and perhaps a filter; nothing is downloaded
+) -> str:  # a key of `FILTERS`
+    "The filter by which an encoder has its images resized: the given one, else its file's, else bicubic."
+    said = "" if _is_tag(cfg) or not cfg.pretrained else about(fetch(cfg)).resize
+    return cfg.resize or said or USUAL_FILTER
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #dc45b699
 def _grid_of(patches, about, cfg, wanted):
@@ -339,12 +357,12 @@ def load_encoder(
     """
     path = fetch(cfg)
     if path is None:
-        return Encoder(cfg.model, cfg.image_size).eval()
+        return Encoder(cfg.model, cfg.image_size, resize=filter_of(cfg)).eval()
     state, said = read_weights(path), about(path)
     if said.model not in ("", cfg.model):
         holds = printable(said.model)[:60]
         raise UserError(f"{printable(path)} holds a {holds}, not a {cfg.model}: give --model {holds}")
-    encoder, grid = Encoder(cfg.model, cfg.image_size, reading_of(cfg)).eval(), None
+    encoder, grid = Encoder(cfg.model, cfg.image_size, reading_of(cfg), filter_of(cfg)).eval(), None
     wanted = encoder.clip.state_dict()
     try:
         towers = towers_in(state, wanted)

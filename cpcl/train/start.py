@@ -225,7 +225,7 @@ RUN_FILES = (
     *(f"{name}.json" for name in _FILES[0]),
     *(f"{name}.safetensors" for name in _FILES[1]),
     "history.jsonl",
-    "eps-*.png",
+    *(f"eps-{rows}.png" for rows in ("images", "captions")),
     "tensorboard/events.out.tfevents.*",
     MARK,
     LOCK,
