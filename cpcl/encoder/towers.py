@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'MAX_SIDE', 'MAX_AREA', 'GROUP', 'check_size', 'EncoderConfig', 'architecture', 'Reading', 'usual_reading',
-           'resize_positions', 'by_length', 'Encoder']
+           'tag_reading', 'patch_grid', 'resize_positions', 'by_length', 'Encoder']
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #74e614cf
 import copy, difflib, inspect, os
@@ -185,6 +185,33 @@ def usual_reading(
 
     cfg = {} if model == "tiny" else open_clip.get_model_config(model) or {}
     return Reading(bool(cfg.get("quick_gelu", False)))
+
+# %% ../../nbs/20_encoder/00_towers.ipynb #a08f695c
+def tag_reading(
+    model: str,  # an open_clip name
+    tag: str,  # e.g. "openai"
+) -> Reading | None:  # None if it is no tag of that model
+    "How the weights of a tag want to be read (open_clip's tables)."
+    from open_clip.pretrained import get_pretrained_cfg
+
+    said = get_pretrained_cfg(model, tag)
+    if not said:
+        return None
+    quick_gelu = bool(said.get("quick_gelu", False))
+    return Reading(quick_gelu, said.get("mean") or CLIP_MEAN, said.get("std") or CLIP_STD)
+
+# %% ../../nbs/20_encoder/00_towers.ipynb #e5fde864
+def patch_grid(
+    model: str,  # "tiny" or an open_clip name
+    image_size: tuple = None,  # (height, width) in pixels; None: as published
+) -> tuple:  # (rows, columns)
+    "The grid of patches of an architecture."
+    import open_clip
+
+    vision = (TINY if model == "tiny" else open_clip.get_model_config(model))["vision_cfg"]
+    size = image_size or vision.get("image_size", 224)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return height // vision["patch_size"], width // vision["patch_size"]
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #0849e094
 def resize_positions(
