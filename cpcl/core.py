@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTIAL', 'UserError', 'seed_everything', 'keyed_rng', 'unit', 'at_least_float32', 'check_features', 'check_labels',
-           'default_device', 'progress', 'Stopwatch', 'peak_memory', 'atomic_path', 'remove_partial_files',
+           'default_device', 'forked', 'progress', 'Stopwatch', 'peak_memory', 'atomic_path', 'remove_partial_files',
            'is_checkout', 'repo_root', 'need']
 
 # %% ../nbs/01_core.ipynb #4313895d
@@ -107,6 +107,27 @@ def default_device() -> torch.device:  # cuda, mps or cpu
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+# %% ../nbs/01_core.ipynb #4246ab31
+class _Fork:
+    "Whether this process was forked from another one."
+
+    happened = False
+
+
+def _after_fork():
+    "Record in the child what it is."
+    server = sys._getframe(1).f_globals.get("__name__") == "multiprocessing.forkserver"
+    _Fork.happened |= not server
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def forked() -> bool:
+    "Whether this process is a fork of one that may have started threads, for which it would wait forever."
+    return _Fork.happened
 
 # %% ../nbs/01_core.ipynb #be37b0ad
 def progress(

@@ -214,12 +214,16 @@ def digest(
         return hashlib.sha256(b"".join(pool.map(piece, starts))).hexdigest()
 
 # %% ../nbs/01_files.ipynb #0687abbe
+_NAMES = "password|passwd|passphrase|pwd|token|secret|signature|credential|(?:api|access)[_-]?key"
+_VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s'"])+"""  # a word of a command line, perhaps in quotes
 _SECRETS = (
-    (r"(?i)(\w+://[^\s/@:]*:)[^\s/@]+@", r"\1***@"),  # user:password@host
-    (r"(?i)(\w+://)(?=[^\s/@:]{12,}@)[^\s/@:]+@", r"\1***@"),  # token@host
-    (r"(?i)(--?[\w.-]*(?:password|passwd|token|secret|api[_-]?key)[\w-]*[= ]\s*)\S+", r"\1***"),
-    (r"(?i)\b([\w.]*(?:password|passwd|token|secret|api[_-]?key)=)[^\s&,;]+", r"\1***"),
-    (r"\b(?:hf|ghp|gho|github_pat|glpat|sk)[_-][A-Za-z0-9_-]{16,}", "***"),
+    (r"(?i)(\w{1,20}://[^\s/@:]{0,99}:)(?!\d{1,5}(?:/|\s|$))\S+@", r"\1***@"),  # user:password@host
+    (r"(?i)(\w{1,20}://)(?=[^\s/@:]{12,}@)[^\s/@:]+@", r"\1***@"),  # token@host
+    (rf"(?i)(--?[\w.-]{{0,40}}(?:{_NAMES})[\w-]{{0,40}}[= ]\s*){_VALUE}", r"\1***"),
+    (rf"(?i)([\w.-]{{0,40}}(?:{_NAMES})=)[^\s&,;'\"]+", r"\1***"),
+    (r"\b(?:hf|ghp|gho|github_pat|glpat|sk)[_-](?=[\w-]{0,99}\d)(?=[\w-]{0,99}[A-Z])[\w-]{16,}", "***"),
+    (r"\bAKIA[0-9A-Z]{16}\b", "***"),
+    (r"(?i)(\bbearer )[\w.~+/=-]{8,}", r"\1***"),
 )
 
 
@@ -288,6 +292,27 @@ def check_folder(
     _check_ours(folder, kind, ours, flag)
 
 # %% ../nbs/01_files.ipynb #eaa48ec4
+def _lock(folder, flag):
+    "The lock of a folder, which is made if it is missing. Raises UserError if another process holds it."
+    try:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(folder / LOCK, timeout=WAIT, mode=0o664)
+            with contextlib.suppress(FileNotFoundError):
+                held = lock.acquire()
+                if (folder / LOCK).exists():
+                    return held
+            lock.release()  # whoever held it has removed the folder meanwhile
+    except filelock.Timeout:
+        raise UserError(
+            f"{printable(folder)} is in use by another process: wait until it ends, or give another {flag}"
+        ) from None
+    except NotImplementedError:
+        return contextlib.nullcontext()  # a disk without locks
+    except OSError as e:
+        raise UserError(f"cannot write {printable(folder)} ({e.strerror}): give another {flag}") from None
+
+
 _HERE = threading.local()  # the folders that a thread holds
 
 
@@ -307,18 +332,7 @@ def claimed(
         return
     check_folder(folder, kind, ours, inputs, flag)
     new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / LOCK, timeout=WAIT, mode=0o644).acquire()
-    except filelock.Timeout:
-        raise UserError(
-            f"{printable(folder)} is in use by another process: wait until it ends, or give another {flag}"
-        ) from None
-    except NotImplementedError:
-        lock = contextlib.nullcontext()  # a disk without locks
-    except OSError as e:
-        raise UserError(f"cannot write {printable(folder)} ({e.strerror}): give another {flag}") from None
-    with lock:
+    with _lock(folder, flag):
         _check_ours(folder, kind, ours, flag)
         remove_partial_files(folder)
         if kind_of(folder) != kind:
@@ -336,7 +350,7 @@ def claimed(
 
 def _remove_marks(folder):
     "Remove a folder that holds nothing besides our marks."
-    for name in (MARK, LOCK):
-        (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # somebody put something there meanwhile
+    with contextlib.suppress(OSError):  # somebody put something there meanwhile, or an open file stays
+        for name in (MARK, LOCK):
+            (folder / name).unlink(missing_ok=True)
         folder.rmdir()

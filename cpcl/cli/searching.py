@@ -52,8 +52,10 @@ class Index:
         return 0
 
 # %% ../../nbs/cli/03_searching.ipynb #fe61e59e
-def _filters(given):
-    "Column -> values, from texts like camera=3 or camera=3,4. Raises UserError for any other text."
+def _filters(given, has=lambda column, text: False):
+    """Column -> values, from texts like camera=3 or camera=3,4. Raises UserError for any other text.
+
+    `has` tells whether a row has a value, which may hold a comma."""
     from cpcl.core import UserError
 
     filters = {}
@@ -61,7 +63,8 @@ def _filters(given):
         column, equals, values = text.partition("=")
         if not equals:
             raise UserError(f"--where takes column=value, got {text!r}")
-        filters.setdefault(column.strip(), []).extend(values.split(","))
+        column = column.strip()
+        filters.setdefault(column, []).extend([values] if has(column, values) else values.split(","))
     return filters
 
 
@@ -98,12 +101,12 @@ class Search:
     def run(self) -> int:  # exit status
         "Print the list."
         check_ranges(self)
-        filters = _filters(flat(self.where))
         from cpcl.files import json_text
         from cpcl.search import Index
         from cpcl.search.gallery import moved_note
 
         index = Index.open(self.index, self.encoder or None, self.folder or None)
+        filters = _filters(flat(self.where), lambda c, text: c in index.columns and index.has_value(c, text))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the notes say more
             found = index.search(

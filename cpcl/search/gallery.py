@@ -73,6 +73,7 @@ class LeftOut:
     formats: Counter = field(default_factory=Counter)  # suffix -> files
     hidden: int = 0  # images in hidden files and folders
     names: list = field(default_factory=list)  # images whose name cannot be stored
+    closed: list = field(default_factory=list)  # folders that may not be listed, like lost+found
     top: Path = None  # the folder itself, whose images do not count as behind a link
 
     def add(self, kind: str, path: str, file: str):
@@ -107,6 +108,8 @@ class LeftOut:
             parts.append(f"{self.hidden:,} hidden")
         if self.names:
             parts.append(f"{len(self.names):,} with names that cannot be stored ({printable(self.names[0])})")
+        if self.closed:
+            parts.append(f"{len(self.closed):,} folders that may not be read ({printable(self.closed[0])})")
         return f"left out: {', '.join(parts)}" if parts else ""
 
 # %% ../../nbs/search/00_gallery.ipynb #9b12dd52
@@ -117,8 +120,14 @@ def _state(stat):
 
 def _walk(folder, top, left, ignore=None, below=""):
     "Yield (relative path, size, mtime_ns) of every image below a folder, and count what is left out."
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda e: e.name)
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda e: e.name)
+    except OSError:
+        if not below:
+            raise
+        left.closed.append(below.rstrip("/"))
+        return
     for e in entries:
         kind = _kind(e, top)
         if kind == "folder":

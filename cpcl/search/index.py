@@ -170,7 +170,11 @@ def _notes(self: Index, *texts):
 
 # %% ../../nbs/search/07_index.ipynb #8d1ed71a
 @patch
-def _has_value(self: Index, column, text):
+def has_value(
+    self: Index,
+    column: str,  # one of `columns`
+    text: str,  # as it is stored
+) -> bool:
     "Has a row this value? Asked of the manifest if the values are few, else of the store."
     values = self.values(column)
     return text in values if values is not None else self.store.has_value(column, text)
@@ -181,7 +185,7 @@ def _ranked(self: Index, q, k, where, names, notes):
     "The lists of unit vectors `[Q, D]`, one below the other, with notes."
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise UserError(f"k must be a whole number, 1 or more, got {k!r}")
-    filters, unknown = find_filters(where, self.columns, self._has_value)
+    filters, unknown = find_filters(where, self.columns, self.has_value)
     notes = notes + [unknown_note(c, texts, self.values(c)) for c, texts in unknown.items()]
     lists = [
         found.assign(query=name, rank=np.arange(1, len(found) + 1))

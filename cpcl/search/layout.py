@@ -150,15 +150,6 @@ def _layout(gr, page):
     gr.Markdown(FOOTER)
     return c
 
-
-def _layout(gr, page):
-    "Everything that is seen, from top to bottom."
-    gr.Markdown(f"# Find a person by a sentence\n{len(page.index):,} images")
-    c = Controls(paths=gr.State([]), **_question(gr, page), **_result(gr))
-    gr.Examples([[e] for e in EXAMPLES], [c.sentence], label="Examples")
-    gr.Markdown(FOOTER)
-    return c
-
 # %% ../../nbs/search/12_layout.ipynb #d97fddb6
 def data_url(
     image,  # a small RGB picture

@@ -19,6 +19,7 @@ from ..data import read_image
 from ..files import printable
 from .gallery import moved_note, read_found
 from .index import MAX_QUERY
+from .manifest import MANY
 from .private import log_line, place
 from .visitors import Line
 
@@ -73,7 +74,7 @@ class Page:
         query: Query,  # what the controls hold
     ) -> dict:  # column -> value
         "The filters that are set."
-        return {c: v for c, v in zip(self.filters, query.values) if v not in ("", "any")}
+        return {c: v for c, v in zip(self.filters, query.values) if v in self.filters[c] and v != "any"}
 
     def report(
         self,
@@ -152,6 +153,16 @@ def _line(self: Page, found, paths, query):
     return line if len(paths) == len(found) else f"{line} {lost}"
 
 
+def _as_markdown(text):
+    "A text such that Markdown shows it as it is."
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>&~$])", r"\\\1", printable(text))
+
+
+def _notes(found):
+    "What of the query was not read as it is written."
+    return "".join(f" Note: {_as_markdown(note)}." for note in found.attrs.get("notes", []))
+
+
 @patch
 def _answer(self: Page, search, query, client):
     "What a search finds, or why nothing is found."
@@ -164,7 +175,7 @@ def _answer(self: Page, search, query, client):
         if not shown:
             self.report(_for_the_operator(e, query))
         return Answer([], [], shown or FAILED)
-    return Answer(pictures, paths, self._line(found, paths, query))
+    return Answer(pictures, paths, self._line(found, paths, query) + _notes(found))
 
 # %% ../../nbs/search/11_page.ipynb #a9284eb6
 @patch
@@ -245,9 +256,13 @@ def unlink(
     filters: dict,  # column -> its values
 ) -> Query:
     "The query that a link stands for."
-    got = {name: values[0] for name, values in parse_qs(text.lstrip("?"), max_num_fields=100).items()}
+    try:
+        parts = parse_qs(text.lstrip("?"), max_num_fields=MANY)
+    except ValueError:  # more parts than any link of ours
+        parts = {}
+    got = {name: values[0] for name, values in parts.items()}
     k = got.get("k", "")
-    allowed = k.isdigit() and 1 <= int(k) <= 100
+    allowed = re.fullmatch(r"[1-9]\d?|100", k, re.ASCII)
     set_to = {c: got.get(f"f.{c}") for c in filters}
     return Query(
         got.get("q", "")[:MAX_QUERY],

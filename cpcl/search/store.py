@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core import UserError, atomic_path, need
 from ..files import digest, printable
 from .manifest import Manifest, StoredFile, publish
-from .vectors import EXACT_ROWS, tune, vector_index
+from .vectors import EXACT_ROWS, load_faiss, tune, vector_index
 
 # %% ../../nbs/search/03_store.ipynb #f077c042
 def _need_parquet():
@@ -79,6 +79,7 @@ def take(
         raise UserError(f"{list(paths)[numbers.index(None)]!r} is not in the index")
     if not numbers:
         return np.zeros((0, self.vectors.d), np.float32)
+    load_faiss()
     return self.vectors.reconstruct_batch(np.array(numbers, np.int64))
 
 # %% ../../nbs/search/03_store.ipynb #e25c431b
@@ -159,8 +160,7 @@ def nearest(
     where: dict,  # column -> texts, one of which a row must have; may be empty
 ) -> list:  # a DataFrame per query: path, columns, score; best first
     "The nearest rows per query among those that the filters let through (faiss)."
-    import faiss
-
+    faiss = load_faiss()
     keep = self._passing(where) if where else None
     left = len(self) if keep is None else int(keep.sum())
     shown = self.rows[[c for c in self.rows if c not in ("size", "mtime_ns")]]
@@ -193,8 +193,7 @@ def write(
     manifest: Manifest,  # what the index says about itself; names and checksums of the files are added
 ) -> Manifest:  # as written
     "Write vectors and rows, then the manifest, and remove the files of the index before the last one."
-    import faiss
-
+    faiss = load_faiss()
     folder = Path(folder)
     vectors = _put(folder, "vectors", ".faiss", lambda p: faiss.write_index(self.vectors, str(p)))
     rows = _put(folder, "rows", ".parquet", lambda p: self.rows.to_parquet(p, index=False))
@@ -219,9 +218,9 @@ def _check_rows(rows, columns):
 
 def _read_files(folder, manifest):
     "Rows and vectors. Raises whatever pyarrow and faiss raise, or ValueError."
-    import faiss
     from pyarrow.parquet import read_metadata, read_table
 
+    faiss = load_faiss()
     how = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
     vectors = faiss.read_index(str(folder / manifest.files["vectors"].file), how)
     file = folder / manifest.files["rows"].file
