@@ -88,8 +88,10 @@ LONG = (  # the proportions of `paper`, as changes of `bench`
     ("optim.warmup", 7 / 12),  # 5 of 60 epochs
     ("hcm.lam", 1.0),
     ("hcm.beta", 1.0),
+    ("hcm.itc_matches", "negative"),
     ("labels.oplm.support", 1),
     ("augment.mask", 0.15),
+    ("augment.erase_value", "mean"),
 )
 
 # %% ../../nbs/lab/08_plan.ipynb #406bb870

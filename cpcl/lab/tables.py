@@ -326,7 +326,7 @@ def share_text(
     "A share of the way with its interval as text, and said if there is none."
     share, low, high = gap.loc[metric, ["s", "s low", "s high"]]
     if np.isnan(share):
-        return NOT_RUN if gap.loc[metric].isna().any() and gap.difference.isna().all() else "no way to close"
+        return NOT_RUN if gap.loc[metric].iloc[:3].isna().any() else "no way to close"
     if np.isnan(low):
         return f"{share:.2f}, one seed"
     return f"{share:.2f} ({low:.2f} to {high:.2f})" if np.isfinite(low) else f"{share:.2f}, not bounded"
