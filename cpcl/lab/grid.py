@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCH', 'NO_BARS', 'ONE_THREAD', 'bench_set', 'cores', 'run_one', 'run_all', 'Wanted', 'look_up', 'missing_runs',
-           'run_missing', 'run_folder', 'scored']
+           'run_folder', 'scored', 'run_missing']
 
 # %% ../../nbs/lab/04_grid.ipynb #a6d818e1
 import hashlib, os, shutil, threading, time
@@ -82,7 +82,7 @@ def run_one(
     shutil.rmtree(run)
     return record
 
-
+# %% ../../nbs/lab/04_grid.ipynb #5e606dc1
 def run_all(
     runs: list,  # (Spec, root, run folder, code, schedule) each, as `run_one` takes them
     jobs: int = 0,  # at once; 0: one per core, a single one on a GPU
@@ -242,6 +242,37 @@ def _wanted(specs, root, schedule, encoder, modules=None):
     return [Wanted(s, cfg, run_code(cfg, *s.hooks, modules)) for s, cfg in zip(specs, cfgs)]
 
 # %% ../../nbs/lab/04_grid.ipynb #cb0d3693
+def run_folder(
+    wanted: Wanted,  # the run
+    root: Path,  # its data set
+    about: str,  # fingerprint of the set, and the device
+    runs=None,  # folder of unfinished run folders; `runs/ablations` of the checkout if not given
+) -> Path:  # the same for the same settings, code, set and device, so that it can be resumed
+    "Where a run keeps its state until its record is written."
+    runs = Path(runs) if runs else (repo_root() or Path(".")) / "runs" / "ablations"
+    settings, hooks = wanted.key
+    identity = repr((about, f"{settings!r} {hooks}", sorted(wanted.code.items())))
+    return runs / f"{root.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _train(made, file, log, jobs, **kwargs):
+    "Make runs and write their records, with a line for each."
+    start = time.perf_counter()
+    for done, record in enumerate(run_all(made, jobs, **kwargs), 1):
+        add_record(file, record)
+        left = (time.perf_counter() - start) / done * (len(made) - done)
+        log(f"{done}/{len(made)} {scored(record)}, about {left / 60:.0f} min left", flush=True)
+
+
+def scored(
+    record: Record,  # of a run that has just ended
+) -> str:  # e.g. "cpcl seed 0: R1 60.12 mAP 58.01, 201 s"
+    "A run in a line."
+    last = record.result["last"]
+    scores = f"R1 {last['R1']:.2f} mAP {last['mAP']:.2f}, {record.seconds:.0f} s"
+    return f"{record.name} seed {record.seed}: {scores}"
+
+# %% ../../nbs/lab/04_grid.ipynb #cb427582
 def run_missing(
     specs: list,  # what the notebook compares
     file,  # the records, e.g. records/synth-1k.json
@@ -272,34 +303,3 @@ def run_missing(
         _train(made, file, log, jobs, encoder=encoder)
         found = look_up(wanted, read_records(file), data)
     return [r for row in found.values() for r in row if r]
-
-
-def run_folder(
-    wanted: Wanted,  # the run
-    root: Path,  # its data set
-    about: str,  # fingerprint of the set, and the device
-    runs=None,  # folder of unfinished run folders; `runs/ablations` of the checkout if not given
-) -> Path:  # the same for the same settings, code, set and device, so that it can be resumed
-    "Where a run keeps its state until its record is written."
-    runs = Path(runs) if runs else (repo_root() or Path(".")) / "runs" / "ablations"
-    settings, hooks = wanted.key
-    identity = repr((about, f"{settings!r} {hooks}", sorted(wanted.code.items())))
-    return runs / f"{root.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-
-
-def _train(made, file, log, jobs, **kwargs):
-    "Make runs and write their records, with a line for each."
-    start = time.perf_counter()
-    for done, record in enumerate(run_all(made, jobs, **kwargs), 1):
-        add_record(file, record)
-        left = (time.perf_counter() - start) / done * (len(made) - done)
-        log(f"{done}/{len(made)} {scored(record)}, about {left / 60:.0f} min left", flush=True)
-
-
-def scored(
-    record: Record,  # of a run that has just ended
-) -> str:  # e.g. "cpcl seed 0: R1 60.12 mAP 58.01, 201 s"
-    "A run in a line."
-    last = record.result["last"]
-    scores = f"R1 {last['R1']:.2f} mAP {last['mAP']:.2f}, {record.seconds:.0f} s"
-    return f"{record.name} seed {record.seed}: {scores}"

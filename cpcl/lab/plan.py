@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LONG', 'NO_MINING', 'ANY_ONE', 'PARTS', 'NAMES', 'BASELINES', 'SECOND_SET', 'MEMORY', 'MATCHING', 'PAIR',
            'CLUSTERING', 'MINING', 'BEYOND', 'TEMPERATURE', 'SUPPORT', 'PARTS_LONG', 'BASELINES_LONG', 'DEFAULTS_LONG',
-           'CALIBRATION', 'FIRST_LOOK', 'PLAN', 'GUESS', 'Grid', 'long', 'Job', 'jobs_of', 'seconds_per_epoch',
-           'hours_left', 'work_off', 'main']
+           'OLD_BOUND', 'CALIBRATION', 'OLD_CAPTIONS', 'OLD_CPCL', 'FIRST_LOOK', 'PLAN', 'GUESS', 'Grid', 'long', 'Job',
+           'jobs_of', 'seconds_per_epoch', 'left_line', 'work_off', 'main']
 
 # %% ../../nbs/lab/08_plan.ipynb #3fb0973d
 import itertools, statistics, sys, time
@@ -112,62 +112,54 @@ BASELINES = Grid({preset: (preset, {}) for preset in NAMES}, base="clip")
 SECOND_SET = Grid({preset: (preset, {}) for preset in ("clip", "cpcl", "supervised")}, world=1001)
 
 # %% ../../nbs/lab/08_plan.ipynb #b1c5695e
-def _cpcl(rows):
-    "Rows of the preset `cpcl`."
-    return {name: ("cpcl", changes) for name, changes in rows.items()}
+def _cpcl(rows, base=""):
+    "A grid of the preset `cpcl` with changes."
+    return Grid({name: ("cpcl", changes) for name, changes in rows.items()}, base)
 
 
-MEMORY = Grid(
-    _cpcl(
-        {
-            "default": {},
-            "no refresh": {"memory.refresh": False},
-            "mu 0.9": {"memory.mu": 0.9},
-            "tau_p 0.05": {"hcm.tau_p": 0.05},
-            "tau_p 0.01": {"hcm.tau_p": 0.01},
-        }
-    )
+MEMORY = _cpcl(
+    {
+        "default": {},
+        "no refresh": {"memory.refresh": False},
+        "mu 0.9": {"memory.mu": 0.9},
+        "tau_p 0.05": {"hcm.tau_p": 0.05},
+        "tau_p 0.01": {"hcm.tau_p": 0.01},
+    }
 )
-MATCHING = Grid(_cpcl({"default": {}, "pseudo": {"hcm.match": "pseudo"}, "lambda 1": {"hcm.lam": 1.0}}))
+MATCHING = _cpcl({"default": {}, "pseudo": {"hcm.match": "pseudo"}, "lambda 1": {"hcm.lam": 1.0}})
 PAIR = {"labels.unit": "pair", "labels.image.k1": 12, "labels.image.k2": 4, "labels.image.min_samples": 4}
-CLUSTERING = Grid(
-    _cpcl(
-        {
-            "default": {},
-            "images k2 6": {"labels.image.k2": 6},
-            "eps 0.6": {"labels.image.eps": 0.6, "labels.caption.eps": 0.6},
-            "unit pair": PAIR,
-        }
-    )
+CLUSTERING = _cpcl(
+    {
+        "default": {},
+        "images k2 6": {"labels.image.k2": 6},
+        "eps 0.6": {"labels.image.eps": 0.6, "labels.caption.eps": 0.6},
+        "unit pair": PAIR,
+    }
 )
-MINING = Grid(
-    _cpcl(
-        {
-            "two-stage": {},
-            "one-stage": {"labels.oplm.stages": "one-stage"},
-            "none": NO_MINING,
-            "two-stage, support 2": {"labels.oplm.support": 2},
-            "two-stage, support 1": ANY_ONE,
-        }
-    ),
+MINING = _cpcl(
+    {
+        "two-stage": {},
+        "one-stage": {"labels.oplm.stages": "one-stage"},
+        "none": NO_MINING,
+        "two-stage, support 2": {"labels.oplm.support": 2},
+        "two-stage, support 1": ANY_ONE,
+    },
     base="none",
 )
 
 # %% ../../nbs/lab/08_plan.ipynb #72702a3d
-BEYOND = Grid(
-    _cpcl(
-        {
-            "default": {},
-            "fuse 0.25": {"labels.fuse": 0.25, "labels.image.k1": 8, "labels.image.k2": 3},
-            "mates 2": {"labels.captions_per_cluster": 2},
-            "hard-negative margin": {"hcm.chm": 1.0, "hcm.margin": 0.1},
-        }
-    )
+BEYOND = _cpcl(
+    {
+        "default": {},
+        "fuse 0.25": {"labels.fuse": 0.25, "labels.image.k1": 8, "labels.image.k2": 3},
+        "mates 2": {"labels.captions_per_cluster": 2},
+        "hard-negative margin": {"hcm.chm": 1.0, "hcm.margin": 0.1},
+    }
 )
-TEMPERATURE = Grid(
-    _cpcl({"tau_p 0.05": ANY_ONE | {"hcm.tau_p": 0.05}, "tau_p 0.02": ANY_ONE | {"hcm.tau_p": 0.02}})
+TEMPERATURE = _cpcl(
+    {"tau_p 0.05": ANY_ONE | {"hcm.tau_p": 0.05}, "tau_p 0.02": ANY_ONE | {"hcm.tau_p": 0.02}}
 )
-SUPPORT = Grid(_cpcl({"mining, support 1": ANY_ONE, "mining, support 3": {}, "no mining": NO_MINING}))
+SUPPORT = _cpcl({"mining, support 1": ANY_ONE, "mining, support 3": {}, "no mining": NO_MINING})
 
 # %% ../../nbs/lab/08_plan.ipynb #6313388d
 def long(
@@ -179,51 +171,31 @@ def long(
 
 PARTS_LONG, BASELINES_LONG = long(PARTS), long(BASELINES)
 DEFAULTS_LONG = long(
-    Grid(
-        _cpcl(
-            {
-                "default": {},
-                "beta 0": {"hcm.beta": 0.0},
-                "lambda 3": {"hcm.lam": 3.0},
-                "mu 0.9": {"memory.mu": 0.9},
-                "support 3": {"labels.oplm.support": 3},
-                "no masking": {"augment.mask": 0.0},
-                "image labels only": {"labels.source": "image"},
-            }
-        )
-        | {
-            "CLIP": ("clip", {}),
-            "CLIP, beta 0": ("clip", {"hcm.beta": 0.0}),
-            "CLIP, no masking": ("clip", {"augment.mask": 0.0}),
+    _cpcl(
+        {
+            "default": {},
+            "beta 0": {"hcm.beta": 0.0},
+            "lambda 3": {"hcm.lam": 3.0},
+            "mu 0.9": {"memory.mu": 0.9},
+            "support 3": {"labels.oplm.support": 3},
+            "no masking": {"augment.mask": 0.0},
+            "image labels only": {"labels.source": "image"},
         }
     )
+    | {
+        "CLIP": ("clip", {}),
+        "CLIP, beta 0": ("clip", {"hcm.beta": 0.0}),
+        "CLIP, no masking": ("clip", {"augment.mask": 0.0}),
+    }
 )
 
 # %% ../../nbs/lab/08_plan.ipynb #3046c44a
-CALIBRATION = Grid(
-    {
-        "supervised": ("supervised", {"labels.captions_per_cluster": 2, "hcm.tau_p": 0.05}),
-        "clip": ("clip", {}),
-    },
-    base="clip",
-    file="synth-1k-calibration",
-)
+OLD_BOUND = ("supervised", {"labels.captions_per_cluster": 2, "hcm.tau_p": 0.05})
+CALIBRATION = Grid({"supervised": OLD_BOUND, "clip": ("clip", {})}, base="clip", file="synth-1k-calibration")
+OLD_CAPTIONS = {"labels.caption.k1": 6, "labels.caption.k2": 6, "labels.caption.min_samples": 2}
+OLD_CPCL = OLD_CAPTIONS | ANY_ONE | {"labels.image.k2": 6, "hcm.tau_p": 0.05}
 FIRST_LOOK = Grid(
-    {
-        "clip": ("clip", {}),
-        "cpcl": (
-            "cpcl",
-            {
-                "labels.image.k2": 6,
-                "labels.caption.k1": 6,
-                "labels.caption.k2": 6,
-                "labels.caption.min_samples": 2,
-                "labels.oplm.support": 1,
-                "hcm.tau_p": 0.05,
-            },
-        ),
-        "supervised": ("supervised", {"labels.captions_per_cluster": 2, "hcm.tau_p": 0.05}),
-    },
+    {"clip": ("clip", {}), "cpcl": ("cpcl", OLD_CPCL), "supervised": OLD_BOUND},
     schedule="tiny",
     world=0,
     file="first_look",
@@ -255,6 +227,7 @@ def jobs_of(
     grids,  # in the order of the plan
     encoder: EncoderConfig = EncoderConfig(),  # of every run
     modules: dict = None,  # from `read_modules`; read from the disk if not given
+    again: bool = False,  # also what was carried over, or made from a dirty checkout
 ) -> tuple:  # (Jobs in the order to be made, number of all runs)
     "What is missing or stale, each once: all rows of the first seed, then of the second."
     device, sets, every, found = device_name(), {}, set(), []
@@ -265,13 +238,19 @@ def jobs_of(
             sets[grid.name] = root, fingerprint(root)
         root, data = sets[grid.name]
         wanted = _wanted(grid.specs, root, grid.schedule, encoder, modules)
-        held = look_up(wanted, read_records(grid.records_file), data)
+        records = [r for r in read_records(grid.records_file) if not (again and _is_doubtful(r))]
+        held = look_up(wanted, records, data)
         lacking, beside = missing_runs(wanted, held, device, grid.base)
         every |= {(grid.records_file, w.key) for w in wanted}
         found += [Job(grid, w, root, data + device) for w in [*lacking, *beside]]
     once = {(job.grid.records_file, job.wanted.key): job for job in reversed(found)}
     order = {id(job): i for i, job in enumerate(found)}
     return sorted(once.values(), key=lambda job: (job.wanted.spec.seed, order[id(job)])), len(every)
+
+
+def _is_doubtful(record):
+    "Whether a record is carried over to today's code, or its commit does not say what made it."
+    return bool(record.carried) or record.commit.endswith("-dirty")
 
 # %% ../../nbs/lab/08_plan.ipynb #1530fec4
 GUESS = 65.0  # seconds per epoch of a run with one thread
@@ -286,28 +265,31 @@ def seconds_per_epoch(
     return statistics.median(own[-20:]) if own else GUESS
 
 
-def hours_left(
-    jobs,  # of Job
+def left_line(
+    jobs,  # of Job, to be made
+    total,  # of all runs of the plan
     per_epoch: float,  # seconds
     at_once: int,  # runs
-) -> float:
-    "How long some runs take."
-    return sum(job.epochs for job in jobs) * per_epoch / at_once / 3600
+) -> str:  # e.g. "96 of 162 runs left, about 4.5 h with 2 at once"
+    "How many runs are left, and how long they take."
+    hours = sum(job.epochs for job in jobs) * per_epoch / at_once / 3600
+    return f"{len(jobs)} of {total} runs left, about {hours:.1f} h with {at_once} at once"
 
 # %% ../../nbs/lab/08_plan.ipynb #df5e5fe1
 def work_off(
     grids=PLAN,  # in the order of the plan
     at_once: int = 0,  # runs; 0: one per core, a single one on a GPU
     only_list: bool = False,  # say what is left, and train nothing
+    again: bool = False,  # also what was carried over, or made from a dirty checkout
     log=print,  # receives lines
     encoder: EncoderConfig = EncoderConfig(),  # of every run
     runs=None,  # folder of unfinished run folders
 ) -> int:  # runs that are left
     "Make what is missing of the plan. Raises UserError if the code changes meanwhile."
     code = read_modules()
-    jobs, total = jobs_of(grids, encoder, code)
+    jobs, total = jobs_of(grids, encoder, code, again)
     per_epoch, at_once = _pace(grids), at_once or cores()
-    log(f"{_left_line(jobs, total, per_epoch, at_once)}", flush=True)
+    log(f"{left_line(jobs, total, per_epoch, at_once)}", flush=True)
     if only_list or not jobs:
         return len(jobs)
     made = [
@@ -325,7 +307,7 @@ def work_off(
         add_record(job.grid.records_file, record)
         done += job.epochs
         pace = (time.perf_counter() - start) * at_once / done
-        log(f"{scored(record)}. {_left_line(list(todo.values()), total, pace, at_once)}", flush=True)
+        log(f"{scored(record)}. {left_line(list(todo.values()), total, pace, at_once)}", flush=True)
     return len(todo)
 
 
@@ -344,27 +326,21 @@ def _pace(grids):
     files = dict.fromkeys(grid.records_file for grid in grids)
     return seconds_per_epoch([*itertools.chain(*map(read_records, files))], device_name())
 
-
-def _left_line(jobs, total, per_epoch, at_once):
-    "How many runs are left and how long they take."
-    hours = hours_left(jobs, per_epoch, at_once)
-    return f"{len(jobs)} of {total} runs left, about {hours:.1f} h with {at_once} at once"
-
 # %% ../../nbs/lab/08_plan.ipynb #6102e6bb
 def main():
     "Work off the plan, or say what is left of it."
-    words = sys.argv[1:]
-    if words not in ([], ["--list"]):
+    words = set(sys.argv[1:])
+    if words - {"--list", "--again"}:
         sys.exit(
-            "python -m cpcl.lab.plan [--list]: make every run that the ablations need, or only count them"
+            "python -m cpcl.lab.plan [--list] [--again]: make every run the ablations need, or count them"
         )
     try:
-        left = work_off(only_list=words == ["--list"])
+        left = work_off(only_list="--list" in words, again="--again" in words)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(1 if left and not words else 0)
+    sys.exit(1 if left and "--list" not in words else 0)
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -257,12 +257,12 @@ def verdicts(
     names,  # of the methods in question
     query_person,  # int64 `[Q]`, whom each query describes
     metric: str = "mAP",  # one of METRICS
-) -> str:  # e.g. "better: a, b; open: c; not run: d"
+) -> str:  # e.g. "better (a, b), open (c), not run (d)"
     "One line about several methods, grouped by their verdict."
     found = {}
     for name in names:
         found.setdefault(verdict(records, base, name, query_person, metric), []).append(f"`{name}`")
-    return "; ".join(f"{word}: {', '.join(found[word])}" for word in _WORDS if word in found)
+    return ", ".join(f"{word} ({', '.join(found[word])})" for word in _WORDS if word in found)
 
 
 _WORDS = ("better", "worse", "open", "one seed", NOT_RUN)
@@ -279,8 +279,8 @@ def answer(
     R1, mAP = (verdicts(records, base, names, query_person, m) for m in ("R1", "mAP"))
     return (
         f"On the test people, last epoch, against {than or f'`{base}`'}. In Rank-1: {R1}. In mAP: {mAP}. "
-        "(*better* and *worse*: the 95 % interval of the difference, over people and seeds, does not contain "
-        "zero; *open*: it does; *one seed*: there is no interval.)"
+        "(*Better* and *worse*: the 95 % interval of the difference, over people and seeds, does not contain "
+        "zero, *open*: it does, *one seed*: there is none.)"
     )
 
 # %% ../../nbs/lab/02_tables.ipynb #7a39cbcc
