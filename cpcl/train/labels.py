@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 from ..cluster.labels import ClusterConfig, cluster_images, pseudo_labels
 from ..core import UserError, check_labels, unit
@@ -28,9 +29,9 @@ def likeness(
     pairs = float((sizes * (sizes - 1.0)).sum())
     if pairs == 0:
         return None
-    sums = np.zeros((len(sizes), other.shape[1]))
-    np.add.at(sums, labels[kept], other[kept])
-    inside = (float((sums**2).sum()) - float((other[kept].astype(np.float64) ** 2).sum())) / pairs
+    mine, rows = other[kept], np.arange(kept.sum())
+    sums = csr_array((np.ones(len(rows)), (labels[kept], rows)), shape=(len(sizes), len(rows))) @ mine
+    inside = (float((sums**2).sum()) - float((mine.astype(np.float64) ** 2).sum())) / pairs
     some = other[:: max(1, len(other) // 1000)].astype(np.float64)
     any_two = (some @ some.T)[np.triu_indices(len(some), 1)]
     spread = float(any_two.std())
