@@ -217,8 +217,8 @@ def digest(
 _NAMES = "password|passwd|passphrase|pwd|token|secret|signature|credential|(?:api|access)[_-]?key"
 _VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s'"])+"""  # a word of a command line, perhaps in quotes
 _SECRETS = (
-    (r"(?i)(\w{1,20}://[^\s/@:]{0,99}:)(?!\d{1,5}(?:/|\s|$))\S+@", r"\1***@"),  # user:password@host
-    (r"(?i)(\w{1,20}://)(?=[^\s/@:]{12,}@)[^\s/@:]+@", r"\1***@"),  # token@host
+    (r"(?i)(\w{1,20}:/{1,2}[^\s/@:]{0,99}:)(?!\d{1,5}(?:/|\s|$))\S+@", r"\1***@"),  # user:password@host
+    (r"(?i)(\w{1,20}:/{1,2})(?=[^\s/@:]{12,}@)[^\s/@:]+@", r"\1***@"),  # token@host
     (rf"(?i)(--?[\w.-]{{0,40}}(?:{_NAMES})[\w-]{{0,40}}[= ]\s*){_VALUE}", r"\1***"),
     (rf"(?i)([\w.-]{{0,40}}(?:{_NAMES})=)[^\s&,;'\"]+", r"\1***"),
     (r"\b(?:hf|ghp|gho|github_pat|glpat|sk)[_-](?=[\w-]{0,99}\d)(?=[\w-]{0,99}[A-Z])[\w-]{16,}", "***"),
@@ -259,13 +259,29 @@ def _others(folder):
         )
 
 
+def _check_place(folder, flag):
+    "Raises UserError if nothing can be written to a folder, or if it cannot be made."
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise UserError(
+            f"cannot write {printable(folder)}, {printable(there)} is no folder: give another {flag}"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"cannot write {printable(folder)}, {printable(there)} may not be written to: "
+            f"change its permissions, or give another {flag}"
+        )
+
+
 def _check_ours(folder, kind, ours, flag):
     "Raises UserError if a folder exists and a command of this kind did not make it."
-    if not folder.exists() and not folder.is_symlink():
-        return
     name = printable(folder)
+    if not os.path.lexists(folder):
+        return _check_place(folder, flag)
     if not folder.is_dir():
-        raise UserError(f"{name} is a file and not a folder: give another {flag}")
+        what = "a file and not a folder" if folder.exists() else "a link to nothing"
+        raise UserError(f"{name} is {what}: give another {flag}")
+    _check_place(folder, flag)
     made = kind_of(folder)
     if made and made != kind:
         raise UserError(f"{name} was made by `cpcl {made}`, not by `cpcl {kind}`: give another {flag}")
@@ -309,6 +325,8 @@ def _lock(folder, flag):
         ) from None
     except NotImplementedError:
         return contextlib.nullcontext()  # a disk without locks
+    except RecursionError:
+        raise UserError(f"{short(os.fspath(folder))} is a folder too deep: give another {flag}") from None
     except OSError as e:
         raise UserError(f"cannot write {printable(folder)} ({e.strerror}): give another {flag}") from None
 

@@ -7,7 +7,7 @@ __all__ = ['LONGEST', 'SIGNALS', 'AGAIN', 'FULL', 'REMEDY', 'one_line', 'parse_e
            'reader_gone', 'flush_output', 'Ending', 'explain']
 
 # %% ../../nbs/cli/00_errors.ipynb #77faafb5
-import contextlib, errno, os, re, select, signal, sys, threading
+import contextlib, errno, os, re, select, signal, sys, threading, traceback
 from typing import NamedTuple
 
 # %% ../../nbs/cli/00_errors.ipynb #94beeda9
@@ -213,6 +213,18 @@ def _file_error(error):
     return f"{' -> '.join(texts) or 'the disk'}: {reason} ({remedy})"
 
 # %% ../../nbs/cli/00_errors.ipynb #becdbc01
+def _failed_package(error):
+    "The installed package whose own import raised an error, empty if it was raised otherwise."
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
+    after = len(names) - names[::-1].index("cpcl") if "cpcl" in names else 0
+    for name, frame in reversed(list(zip(names[after:], frames[after:]))):
+        installed = {"site-packages", "dist-packages"} & set(re.split(r"[/\\]", frame.f_code.co_filename))
+        if installed and frame.f_code.co_name == "<module>":
+            return name
+    return ""
+
+
 _NO_MEMORY = re.compile("allocate memory|out of memory|failed to map segment|can't start new thread", re.I)
 
 
@@ -222,6 +234,11 @@ def _machine_error(error):
     no_memory = isinstance(error, (RuntimeError, ImportError, OSError)) and _NO_MEMORY.search(reason)
     if isinstance(error, MemoryError) or no_memory:
         return f"no memory left ({reason}): close other programs, or take a smaller batch or fewer workers"
+    if not isinstance(error, ImportError) and (package := _failed_package(error)):
+        return (
+            f"cannot import {package} ({type(error).__name__}: {reason}): correct the environment variable "
+            "that it reads, or install it again"
+        )
     if isinstance(error, ImportError) and not (error.name or "").startswith("cpcl"):
         return f"cannot import {error.name or 'a package'} ({reason}): install it again (`pip check` helps)"
     return None

@@ -89,19 +89,25 @@ def _protocol():
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Protocol(H11Protocol):
-        "Closes a connection that asks nothing, and one too many of the same sender."
+        "Closes a connection that asks nothing, the oldest at once if its sender has too many."
 
         def connection_made(self, transport):
             "Count those of this sender, and look at this one later."
             super().connection_made(transport)
-            senders = [sender(c.client[0]) for c in self.connections if c.client]
-            if self.client and senders.count(sender(self.client[0])) > MOST:
-                transport.abort()
+            self.since, who = self.loop.time(), self.client and sender(self.client[0])
+            held = [c for c in self.connections if c.client and sender(c.client[0]) == who]
+            if len(held) > MOST:
+                idle = [c for c in held if c.idle() and c is not self]
+                min(idle, key=lambda c: c.since, default=self).transport.close()
             self.loop.call_later(ASK_SECONDS, self._look, None)
+
+        def idle(self):
+            "Whether no request is being answered."
+            return self.cycle is None or self.cycle.response_complete
 
         def _look(self, before):
             "Close it if no request has come since the last look, and none is being answered."
-            if self.cycle is before and (before is None or before.response_complete):
+            if self.cycle is before and self.idle():
                 self.transport.close()
             elif not self.transport.is_closing():
                 self.loop.call_later(ASK_SECONDS, self._look, self.cycle)
