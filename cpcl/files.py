@@ -307,7 +307,7 @@ def check_folder(
             raise UserError(f"{flag} {printable(folder)} is also what is read: give another {flag}")
     _check_ours(folder, kind, ours, flag)
 
-# %% ../nbs/01_files.ipynb #eaa48ec4
+# %% ../nbs/01_files.ipynb #19bb031c
 def _lock(folder, flag):
     "The lock of a folder, which is made if it is missing. Raises UserError if another process holds it."
     try:
@@ -330,7 +330,7 @@ def _lock(folder, flag):
     except OSError as e:
         raise UserError(f"cannot write {printable(folder)} ({e.strerror}): give another {flag}") from None
 
-
+# %% ../nbs/01_files.ipynb #eaa48ec4
 _HERE = threading.local()  # the folders that a thread holds
 
 
