@@ -235,7 +235,7 @@ def mask_secrets(
         text = re.sub(pattern, instead, text)
     return text
 
-# %% ../nbs/01_files.ipynb #b2d9a387
+# %% ../nbs/01_files.ipynb #4ff7c920
 MARK = ".cpcl"  # the file that names the kind of a folder
 LOCK = ".cpcl-lock"
 WAIT = 10  # seconds for a lock: loader processes of a killed run need some to notice
@@ -258,7 +258,7 @@ def _others(folder):
             e.name for e in found if not (e.name in (MARK, LOCK) or e.name.startswith(".cpcl-part-"))
         )
 
-
+# %% ../nbs/01_files.ipynb #b2d9a387
 def _check_place(folder, flag):
     "Raises UserError if nothing can be written to a folder, or if it cannot be made."
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
