@@ -237,7 +237,7 @@ def mask_secrets(
         text = re.sub(pattern, instead, text)
     return text
 
-# %% ../nbs/01_files.ipynb #b2d9a387
+# %% ../nbs/01_files.ipynb #4ff7c920
 MARK = ".cpcl"  # the file that names the kind of a folder
 LOCK = ".cpcl-lock"
 WAIT = 10  # seconds for a lock: loader processes of a killed run need some to notice
@@ -260,7 +260,7 @@ def _others(folder):
             e.name for e in found if not (e.name in (MARK, LOCK) or e.name.startswith(".cpcl-part-"))
         )
 
-
+# %% ../nbs/01_files.ipynb #b2d9a387
 def _check_place(folder, flag):
     "Raises UserError if nothing can be written to a folder, or if it cannot be made."
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
@@ -309,7 +309,7 @@ def check_folder(
             raise UserError(f"{flag} {printable(folder)} is also what is read: give another {flag}")
     _check_ours(folder, kind, ours, flag)
 
-# %% ../nbs/01_files.ipynb #eaa48ec4
+# %% ../nbs/01_files.ipynb #19bb031c
 def _lock(folder, flag):
     "The lock of a folder, which is made if it is missing. Raises UserError if another process holds it."
     try:
@@ -332,7 +332,7 @@ def _lock(folder, flag):
     except OSError as e:
         raise UserError(f"cannot write {printable(folder)} ({e.strerror}): give another {flag}") from None
 
-
+# %% ../nbs/01_files.ipynb #eaa48ec4
 _HERE = threading.local()  # the folders that a thread holds
 
 

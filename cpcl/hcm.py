@@ -34,9 +34,10 @@ class HCMConfig:
     icpm: float = 1.0  # weight of ICPM, 0 switches it off
     chm: float = 0.0  # weight of the hardest-mistake margin, 0 or more
     margin: float = 0.3  # cosine by which the own pair must lead in CHM, 0..2
+    chm_reduce: Literal["mean", "sum"] = "mean"  # rows of a batch in CHM; ICPG sums them
 
     def __post_init__(self):
-        for name in ("pcm", "match", "kl", "itc_matches"):
+        for name in ("pcm", "match", "kl", "itc_matches", "chm_reduce"):
             choices = get_args(get_type_hints(HCMConfig)[name])
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -110,7 +111,7 @@ def hcm_loss(
         ignored = match if cfg.itc_matches == "ignore" else None
         terms["itc"] = itc(batch.img, batch.txt, ignored, cfg.tau_itc)
     if cfg.chm:
-        terms["chm"] = chm(batch.img, batch.txt, match, cfg.margin)
+        terms["chm"] = chm(batch.img, batch.txt, match, cfg.margin, cfg.chm_reduce)
     weight = dict(icpm=cfg.icpm, pcm=cfg.lam, itc=cfg.beta, chm=cfg.chm)
     total = sum(weight[name] * term for name, term in terms.items())
     return Loss(total, {name: term.detach() for name, term in dict(loss=total, **terms, **pcm).items()})

@@ -17,9 +17,9 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from .core import UserError, atomic_path, need
-from .data.images import CLIP_MEAN, CLIP_STD
+from .data.images import USUAL_FILTER
 from .data.tokens import tokenize
-from .encoder.towers import Encoder
+from .encoder.towers import Encoder, Reading
 from .encoder.weights import check_fit, read_published, read_weights
 from .eval.scores import METRICS
 from .files import expect, json_text, kind_of, mask_secrets, printable, read_json, user_path
@@ -112,8 +112,10 @@ class CPCL(
         image_size: list = (96, 40),  # [height, width] in pixels
         results: dict = None,  # metric -> percent of the run, for the card
         trained: Provenance | None = None,  # how it was trained, for the card
+        reading: Reading | None = None,  # how its weights want to be read; None: as usual for the model
+        resize: str = USUAL_FILTER,  # the filter that resizes its images, "bicubic" or "bilinear"
     ):
-        super().__init__(model, image_size)
+        super().__init__(model, image_size, reading, resize)
         self.results, self.trained = results or {}, trained or Provenance()
         self.eval()
 
@@ -160,9 +162,8 @@ def _settings(folder):
     for key in kinds.keys() & trained.keys():
         expect(trained[key], kinds[key], f"{where}: trained, {key}")
     known = {k: v for k, v in trained.items() if k in kinds and v is not None}
-    return dict(
-        model=said["model"], image_size=said["image_size"], results=results, trained=Provenance(**known)
-    )
+    towers = {name: said[name] for name in ("model", "image_size", "reading", "resize")}
+    return towers | dict(results=results, trained=Provenance(**known))
 
 
 def is_model(
@@ -204,6 +205,8 @@ def from_run(
         image_size=list(encoder.image_size),
         results={m: scores[m] for m in METRICS if scores.get(m) is not None},
         trained=Provenance(cfg.preset, cfg.seed, cfg.optim.epochs, str(data.get("name", "")), split),
+        reading=encoder.reading,
+        resize=encoder.resize,
     )
     model.load_state_dict(encoder.state_dict())
     return model
@@ -219,7 +222,8 @@ def generate_model_card(self: CPCL, *args, **kwargs) -> ModelCard:
 # {self.model} CLIP fine-tuned with `{self.trained.preset}`
 
 Finds a person by a sentence. Trained with CPCL (arXiv 2401.10011) from image-caption pairs, {labels}.
-Images of {self.image_size[0]} x {self.image_size[1]} pixels, features of width {self.width}.
+Images of {self.image_size[0]} x {self.image_size[1]} pixels, features of width {self.width},
+activation {self.reading}.
 
 ## Results
 
@@ -299,10 +303,10 @@ def _write_preprocess(encoder: Encoder, path):
     how = dict(
         model=encoder.model,
         image_size=list(encoder.image_size),
-        resize="bicubic",
+        resize=encoder.resize,
         scale=1 / 255,
-        mean=list(CLIP_MEAN),
-        std=list(CLIP_STD),
+        mean=list(encoder.reading.mean),
+        std=list(encoder.reading.std),
         context_length=encoder.context_length,
         tokenizer="CLIP's byte pairs, padded with zeros",
     )

@@ -104,8 +104,13 @@ def chm(
     txt,  # `[B, D]` caption features
     match,  # `[B, B]` bool from `match_matrix`; matches are never the mistake
     margin: float = 0.3,  # cosine by which the own pair must lead, 0..2
+    reduce: str = "mean",  # rows of a batch: "mean", or "sum" as ICPG does
 ):  # scalar, the mean of both directions; a row without non-match pays nothing
     "Hinge on the hardest non-match against the own pair, the mean of both directions (ICPG: CHM)."
+    if reduce not in ("sum", "mean"):
+        raise ValueError(f"reduce must be sum or mean, got {reduce!r}")
     sim = logits(img, txt, 1)
     own, wrong = sim.diagonal(), sim.masked_fill(match.bool(), -torch.inf)
-    return (F.relu(wrong.amax(1) - own + margin).mean() + F.relu(wrong.amax(0) - own + margin).mean()) / 2
+    rows = [F.relu(wrong.amax(dim) - own + margin) for dim in (1, 0)]
+    i2t, t2i = (x.sum() if reduce == "sum" else x.mean() for x in rows)
+    return (i2t + t2i) / 2

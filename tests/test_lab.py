@@ -72,6 +72,7 @@ def errors(cells):
     return [o["evalue"] for c in cells for o in c["outputs"] if o["output_type"] == "error"]
 
 
+@pytest.mark.slow
 def test_five_minutes_runs_in_jupyterlab(lab):
     from playwright.sync_api import sync_playwright
 

@@ -169,6 +169,7 @@ MAIN = "from cpcl.cluster.machine_code import inlined\nfrom helper import helper
 MAIN += "@inlined\ndef outer(x):\n    return 2 * helper(x)\n"
 
 
+@pytest.mark.slow
 def test_a_helper_in_another_file(tmp_path, promise):
     "The helper changes; the file of the function that calls it does not."
     promise(DISK, cases=3)

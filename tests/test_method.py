@@ -16,7 +16,7 @@ PRESETS = [
     HCMConfig(icpm=0, beta=1, pcm="none"),
     HCMConfig(pcm="none"),
     HCMConfig(pcm="single"),
-    HCMConfig(pcm="none", match="pseudo", chm=1),
+    HCMConfig(pcm="none", match="pseudo", beta=1, itc_matches="negative", chm=1, chm_reduce="sum"),
     HCMConfig(),
     HCMConfig(match="pseudo"),
     HCMConfig(pcm="cross", kl="forward", beta=0.5),

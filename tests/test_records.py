@@ -1,9 +1,11 @@
 "Records answer for the code: a changed loss makes them stale, another way of writing the same code does not."
 
-import ast, importlib, inspect, json, os, shutil
+import ast, importlib, inspect, json, os, shutil, signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 
 import cpcl
@@ -12,6 +14,7 @@ from cpcl.lab.carry import stamp
 from cpcl.lab.code import changed_modules, read_modules, run_code
 from cpcl.lab.grid import run_missing
 from cpcl.lab.records import Spec, answers, read_records
+from cpcl.lab.tables import against, verdict
 from cpcl.synth.dataset import write_synth
 from cpcl.train import make_config, train_run
 from cpcl.train.config import config_from
@@ -136,6 +139,60 @@ def test_one_job_gives_the_numbers_of_two(tmp_path):
     assert ("cpcl.hcm:hcm_loss" in named.code) == takes_a_loss
 
 
+PLAN = """
+import sys
+from pathlib import Path
+from cpcl.encoder import EncoderConfig
+from cpcl.lab.plan import Grid, work_off
+
+class Small(Grid):
+    records_file = Path(sys.argv[1]) / "records.json"
+    def root(self):
+        return Path(sys.argv[1]) / "s"
+
+if __name__ == "__main__":
+    quick = {"optim.epochs": 3, "labels.image.k1": 6, "labels.caption.k1": 6}
+    grid = Small({"clip": ("clip", quick), "cpcl": ("cpcl", quick)}, schedule="tiny", seeds=(0, 1))
+    blank = EncoderConfig(pretrained="", height=48, width=24)
+    sys.exit(work_off([grid], at_once=2, encoder=blank, runs=Path(sys.argv[1]) / "runs"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cmdline").is_file(), reason="lists processes as Linux does")
+def test_a_killed_plan_goes_on(tmp_path):
+    "Killed after its first record, the plan leaves no process behind, and what is missing is made later."
+    write_synth(tmp_path / "s", people=30, seed=3, splits=(16, 4, 10))
+    (tmp_path / "small_plan.py").write_text(PLAN)
+    command = [sys.executable, str(tmp_path / "small_plan.py"), str(tmp_path)]
+    records = tmp_path / "records.json"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as plan:
+        workers = set()
+        while not records.is_file() and plan.poll() is None:
+            time.sleep(0.2)
+            workers |= set(Path(f"/proc/{plan.pid}/task/{plan.pid}/children").read_text().split())
+        plan.send_signal(signal.SIGKILL)
+    assert 1 <= len(read_records(records)) < 4 and len(workers) >= 2
+    until = time.time() + 60
+    while any(Path(f"/proc/{pid}").exists() and _alive(pid) for pid in workers) and time.time() < until:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{pid}").exists() and _alive(pid) for pid in workers)
+    made = records.read_text().splitlines()
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(f"{4 - len(made)} of 4 runs left")
+    assert records.read_text().splitlines()[: len(made)] == made and len(read_records(records)) == 4
+
+
+def _alive(pid):
+    "Whether a process runs, and is not only remembered by one that did not ask for its end."
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_notebooks_import_what_there_is(file):
     "Ablations and benchmarks, which no test runs, import names of the package that exist."
@@ -146,3 +203,16 @@ def test_notebooks_import_what_there_is(file):
             module = importlib.import_module(node.module)
             missing = [a.name for a in node.names if not hasattr(module, a.name)]
             assert not missing, f"{file.name} imports {', '.join(missing)} from {node.module}"
+
+
+def test_one_seed_is_never_called_better_or_worse():
+    "In the committed records a row with one seed has a difference, no interval, and no verdict."
+    records = read_records(ROOT / "nbs" / "ablations" / "records" / "synth-1k.json")
+    one = [replace(r, spec=replace(r.spec, label=f"row {i}")) for i, r in enumerate(records)]
+    base = [replace(r, spec=replace(r.spec, label="base")) for r in records[:3]]
+    who = np.arange(len(records[0].queries["first"])) // 8
+    table = against(base + one, "base", who)
+    assert table.seeds.eq(1).all() and all(
+        cell.endswith(", one seed") for cell in table[["R1", "mAP"]].values.flat
+    )
+    assert {verdict(base + one, "base", f"row {i}", who) for i in range(len(one))} == {"one seed"}

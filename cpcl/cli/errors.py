@@ -73,7 +73,7 @@ def parse_error(
     line += "".join(f" ({hint})" for hint in hints if hint)
     return f"{line}, see cpcl {command + ' ' if command else ''}--help"
 
-# %% ../../nbs/cli/00_errors.ipynb #4a892283
+# %% ../../nbs/cli/00_errors.ipynb #5354ad7e
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -106,7 +106,7 @@ def _reminded(remind):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
-
+# %% ../../nbs/cli/00_errors.ipynb #4a892283
 @contextlib.contextmanager
 def stoppable():  # yields a list of the signals that came
     "While this lasts, a signal of SIGNALS raises `Stopped`, in the main thread of the main process only."

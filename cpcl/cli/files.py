@@ -107,7 +107,8 @@ class Convert:
     def run(self) -> int:  # exit status
         "Warn, then convert."
         from cpcl.core import UserError
-        from cpcl.encoder.weights import convert, is_program
+        from cpcl.encoder.torchscript import convert
+        from cpcl.encoder.weights import is_program
         from cpcl.files import printable, user_path
 
         file = user_path(self.file)

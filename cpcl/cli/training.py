@@ -6,6 +6,7 @@
 __all__ = ['DataName', 'PresetName', 'flag_settings', 'free_folder', 'result_table', 'Train', 'Eval', 'Demo', 'Ablate']
 
 # %% ../../nbs/cli/01_training.ipynb #b88e3c7e
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -121,15 +122,16 @@ def _check(self: Train):
         raise UserError(f"--data {self.data} needs --root: the folder of the data set")
 
 
-@patch
-def _encoder(self: Train):
+def _encoder(
+    flags,  # a command with the flags --model, --pretrained, --height and --width
+):
     "The towers that the flags ask for."
     from cpcl.encoder import EncoderConfig
     from cpcl.files import user_path
 
-    pretrained = self.pretrained or ("tiny" if self.model == "tiny" else "")
+    pretrained = flags.pretrained or ("tiny" if flags.model == "tiny" else "")
     pretrained = "" if pretrained == "none" else str(user_path(pretrained))
-    return EncoderConfig(self.model, pretrained, self.height, self.width)
+    return EncoderConfig(flags.model, pretrained, flags.height, flags.width)
 
 # %% ../../nbs/cli/01_training.ipynb #9ed61e50
 @patch
@@ -151,7 +153,7 @@ def run(self: Train) -> int:  # exit status
         None if self.data == "auto" else self.data,
         self.preset,
         schedule=usual if self.schedule == "auto" else self.schedule,
-        encoder=self._encoder(),
+        encoder=_encoder(self),
         seed=self.seed,
         changes=flag_settings(self.epochs, self.batch_size, self.lr, self.set, self.model),
         resume=self.resume,
@@ -166,10 +168,20 @@ def run(self: Train) -> int:  # exit status
 # %% ../../nbs/cli/01_training.ipynb #c609d91c
 @dataclass
 class Eval:
-    "Score a run: sentences against images, images against sentences, with 95 % intervals over people."
+    """Score a run: sentences against images, images against sentences, with 95 % intervals over people.
 
-    run_folder: tyro.conf.Positional[str]  # run folder, e.g. runs/demo/cpcl
-    root: str = ""  # folder of the data set; empty: the one that the run was trained on
+    Or score weights without a run: cpcl eval --model ViT-B-16-quickgelu --pretrained openai --root DIR"""
+
+    run_folder: tyro.conf.Positional[str] = ""  # run folder, e.g. runs/demo/cpcl
+    model: str = "tiny"  # without a run: tiny, or an open_clip name such as ViT-B-16-quickgelu
+    # without a run: the weights to score, an open_clip tag such as openai, a file, tiny, or none (random)
+    pretrained: str = ""
+    # without a run: image height in pixels; 0: the model's usual one
+    height: Annotated[int, Range(1, 4096, zero="the usual one")] = 0
+    # without a run: image width in pixels; 0: the model's usual one
+    width: Annotated[int, Range(1, 4096, zero="the usual one")] = 0
+    # folder of the data set; empty: the one that the run was trained on, without a run the sample set
+    root: str = ""
     data: DataName = "auto"  # which data set is in --root; auto: recognise it
     split: Literal["train", "val", "test"] = "test"  # which part of it
     which: Literal["last", "best"] = "last"  # the encoder of which epoch
@@ -182,13 +194,33 @@ class Eval:
         from cpcl.files import json_text
         from cpcl.train.start import trained_on
 
-        data = trained_on(self.run_folder)
+        self._check()
+        data = trained_on(self.run_folder) if self.run_folder else {}
         split = self._split(data)
         person = load_person(split)
         facts = self._facts(split, person, data)
         rows = {name: self._row(scores, who) for name, scores, who in self._scores(split, person)}
         print(json_text(facts | rows, indent=1) if self.json else f"{_above(facts)}\n{_score_table(rows)}")
         return 0
+
+# %% ../../nbs/cli/01_training.ipynb #0828584d
+@patch
+def _check(self: Eval):
+    "Raises UserError unless the flags ask for a run, or for weights."
+    from cpcl.core import UserError
+
+    check_ranges(self)
+    weights = [f"--{n}" for n in ("model", "height", "width") if getattr(self, n) != getattr(Eval, n)]
+    if self.run_folder and (self.pretrained or weights):
+        flag = "--pretrained" if self.pretrained else weights[0]
+        raise UserError(f"give a run folder or {flag}, not both: a run has weights of its own")
+    if not self.run_folder and not self.pretrained:
+        wanted = f"{weights[0]} needs --pretrained" if weights else "nothing to score"
+        raise UserError(f"{wanted}: give a run folder, or --pretrained with a tag or a file (and --model)")
+    if not self.run_folder and self.which != "last":
+        raise UserError(f"--which {self.which} is about the epochs of a run: leave it out with --pretrained")
+    if not self.run_folder and self.data != "auto" and not self.root:
+        raise UserError(f"--data {self.data} needs --root: the folder of the data set")
 
 # %% ../../nbs/cli/01_training.ipynb #b3593a5b
 @patch
@@ -199,6 +231,10 @@ def _split(self: Eval, data):
     from cpcl.files import printable, user_path
 
     root = self.root or data.get("root", "")
+    if not root and not self.run_folder:
+        from cpcl.lab import sample_set
+
+        return load_split(sample_set(), None, self.split)
     if not root:
         why = f"{printable(self.run_folder)} does not say which data it was trained on"
         raise UserError(f"{why}: give --root, the folder of the data set")
@@ -214,26 +250,39 @@ def _facts(self: Eval, split, person, data):
     "What is scored, by name: for the lines above a table, and for JSON."
     from cpcl.train.start import other_data_note
 
-    return dict(
+    weights = dict(model=self.model, weights=self.pretrained) if self.pretrained else {}
+    return weights | dict(
         name=split.name,
         root=str(split.root),
         split=split.split,
         images=len(split.images),
         captions=len(split.captions),
         people=None if person is None else len(set(person.tolist())),
-        note=other_data_note(split, data),
+        note=other_data_note(split, data) if data else "",
     )
+
+# %% ../../nbs/cli/01_training.ipynb #569ab582
+@patch
+def _load(self: Eval):
+    "The encoder to score. What is special about its weights goes to stderr, beside the numbers."
+    from functools import partial
+    from cpcl.encoder import load_encoder
+    from cpcl.train import load_run
+
+    if self.run_folder:
+        return load_run(self.run_folder, self.which)
+    return load_encoder(_encoder(self), partial(print, file=sys.stderr))
 
 
 @patch
 def _scores(self: Eval, split, person):
     "Yield (name, a result per query, the person of each query)."
     import numpy as np
+    from cpcl.core import default_device
     from cpcl.encoder import features
     from cpcl.eval import evaluate, rerank, score_matrix
-    from cpcl.train import load_run
 
-    img, txt = features(load_run(self.run_folder, self.which), split)
+    img, txt = features(self._load().to(default_device()), split)
     person = np.arange(len(img)) if person is None else person
     asked = person[split.image_of]
     yield "text to image", evaluate(img, txt, split.image_of, person), asked
@@ -262,6 +311,8 @@ def _above(facts):
         people = "1 person" if facts["people"] == 1 else f"{facts['people']:,} people"
     counts = f"{facts['images']:,} images, {facts['captions']:,} captions, {people}"
     line = f"{facts['name']} in {facts['root']}, {facts['split']} split: {counts}"
+    if "weights" in facts:
+        line = f"{facts['model']} with the weights {facts['weights']}, without a run, on {line}"
     return printable(line) + (f"\nnote: {facts['note']}" if facts["note"] else "")
 
 

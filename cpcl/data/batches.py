@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..core import UserError, keyed_rng
 from .augment import AugmentConfig, augment, mask_tokens
-from .images import PixelCache, to_tensor
+from .images import USUAL_FILTER, PixelCache, to_tensor
 from .read import Split
 from .tokens import token_lengths, tokenize
 from .workers import Loader
@@ -76,12 +76,15 @@ class ImageRows(Dataset):
         self,
         split: Split,  # whose images
         size: tuple,  # (H, W)
-        cache: PixelCache = None,  # of the same split and size; None decodes at every access
+        cache: PixelCache = None,  # of the same split, size and filter; None decodes at every access
+        resize: str = USUAL_FILTER,  # a key of `FILTERS`, the encoder's
     ):
-        self.cache = PixelCache(split, size, cache=False) if cache is None else cache
-        if self.cache.size != tuple(size) or self.cache.split.images != split.images:
-            held = f"{self.cache.split} at {self.cache.size}"
-            raise ValueError(f"the cache holds {held}, not {split} at {tuple(size)}")
+        self.cache = PixelCache(split, size, cache=False, resize=resize) if cache is None else cache
+        held = self.cache
+        wanted = tuple(size), resize, split.images
+        if (held.size, held.resize, held.split.images) != wanted:
+            there = f"{held.split} at {held.size}, {held.resize}"
+            raise ValueError(f"the cache holds {there}, not {split} at {tuple(size)}, {resize}")
         self.row_bytes = 4 * 3 * size[0] * size[1] + 8  # in a batch
 
     def __len__(self):
@@ -121,8 +124,9 @@ class PairRows(Dataset):
         epoch: int = 0,  # fixed for this object
         cache: PixelCache = None,  # of the same split and size; None decodes at every access
         context_length: int = 77,  # places of the text tower
+        resize: str = USUAL_FILTER,  # a key of `FILTERS`, the encoder's
     ):
-        self.images = ImageRows(split, size, cache)
+        self.images = ImageRows(split, size, cache, resize)
         self.image_of, self.tokens = split.image_of, tokenize(split.captions, context_length)
         self.augment, self.seed, self.epoch = augment, seed, epoch
         self.row_bytes = self.images.row_bytes + 8 * context_length + 8
@@ -173,9 +177,10 @@ def image_loader(
     cache: PixelCache = None,  # of the same split and size
     rank: int = 0,  # this process, 0..world-1
     world: int = 1,  # processes that share the images
+    resize: str = USUAL_FILTER,  # a key of `FILTERS`, the encoder's
 ) -> Loader:  # batches of `image`, `row`
     "Each image once, for encoding. Raises UserError if `batch_size` is below 1."
-    data = ImageRows(split, size, cache)
+    data = ImageRows(split, size, cache, resize)
     return _encoding_loader(data, batch_size, workers, torch.arange(len(data))[rank::world])
 
 
@@ -207,8 +212,9 @@ def pair_loader(
     world: int = 1,  # processes that share each batch
     groups=None,  # int64 `[M]`, the cluster of each caption, -1 = none
     captions_per_cluster: int = 1,  # captions of a cluster that follow one another
+    resize: str = USUAL_FILTER,  # a key of `FILTERS`, the encoder's
 ) -> Loader:  # batches of `image`, `tokens`, `image_row`, `caption_row`
     "One training epoch: each caption once with its image. Raises UserError if `batch_size` is below 1."
-    data = PairRows(split, size, augment, seed, epoch, cache, context_length)
+    data = PairRows(split, size, augment, seed, epoch, cache, context_length, resize)
     batches = global_batches(len(data), batch_size, seed, epoch, groups, captions_per_cluster)
     return _loader(data, workers, batch_sampler=[share_of(b, rank, world) for b in batches])

@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = front_door(
     records="Spec Record read_records by_device",
     grid="run_missing bench_set",
     tables=(
-        "seed_table mean_table val_table val_spread device_tables seed_plot difference against gap_closed"
+        "seed_table mean_table val_table device_tables seed_plot difference against gap_closed "
+        "answer verdict verdicts share_text with_missing"
     ),
     notebooks="run_notebook measured",
     demo="sample_set ranked_picture",

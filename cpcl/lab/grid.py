@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BENCH', 'NO_BARS', 'ONE_THREAD', 'bench_set', 'cores', 'run_one', 'run_all', 'Wanted', 'look_up', 'missing_runs',
-           'run_missing']
+           'run_folder', 'scored', 'run_missing']
 
 # %% ../../nbs/lab/04_grid.ipynb #a6d818e1
-import hashlib, os, shutil, time
+import hashlib, os, shutil, threading, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing import get_context
@@ -22,10 +23,11 @@ from ..files import read_json
 from ..data.read import detect, has_split, load_split
 from ..encoder import EncoderConfig
 from .code import changed_modules, read_modules, run_code
-from .records import Record, Spec, add_record, answers, fingerprint, make_record, read_records
+from .records import Record, Spec, add_record, fingerprint, make_record, read_records
 from .records import used_settings
 from ..synth.dataset import SynthWorld, checksum, write_synth
 from ..train import TrainConfig, make_config, train_run
+from ..train.config import config_from
 from ..train.environment import device_name
 
 # %% ../../nbs/lab/04_grid.ipynb #85c5bfdb
@@ -68,34 +70,54 @@ def run_one(
     root,  # data set to train and test on
     run,  # run folder; an unfinished run in it is resumed, a finished one is removed
     code: dict = None,  # what it executes, from `run_code`
+    schedule: str = "tiny",  # a key of SCHEDULES
     **kwargs,  # further arguments of `train_run`
 ) -> Record:
     "Train and score one run."
     start = time.perf_counter()
     hooks = {name: text for name, text in zip(("loss", "labels"), spec.hooks) if text}
-    settings = dict(preset=spec.preset, seed=spec.seed, changes=spec.changes, resume=True)
+    settings = dict(preset=spec.preset, seed=spec.seed, changes=spec.changes, schedule=schedule, resume=True)
     train_run(root, run, log=lambda line: None, **settings, **hooks, **kwargs)
     record = make_record(spec, run, root, time.perf_counter() - start, code)
     shutil.rmtree(run)
     return record
 
-
+# %% ../../nbs/lab/04_grid.ipynb #5e606dc1
 def run_all(
-    runs: list,  # (Spec, root, run folder, code) each, as `run_one` takes them
+    runs: list,  # (Spec, root, run folder, code, schedule) each, as `run_one` takes them
     jobs: int = 0,  # at once; 0: one per core, a single one on a GPU
+    keep_going: bool = False,  # give the error of a run in place of its record, and go on
     **kwargs,  # further arguments of `train_run`
 ):  # an iterator over their records, in the order in which they finish
-    "Train runs in processes of their own, all cores busy."
+    "Train runs in processes of their own, all cores busy. They end when this one does."
     gpu = torch.cuda.is_available()
     jobs = min(jobs or (1 if gpu else cores()), len(runs), 61)  # Windows waits for 61 at most
-    there = import_module("cpcl.lab.grid").run_one  # another process has no function of a notebook
+    here = import_module("cpcl.lab.grid")  # another process has no function of a notebook
     with mock.patch.dict(os.environ, NO_BARS if gpu else NO_BARS | ONE_THREAD):
-        with ProcessPoolExecutor(max(1, jobs), get_context("spawn")) as pool:
-            futures = [pool.submit(there, *run, **kwargs) for run in runs]
+        setup = dict(mp_context=get_context("spawn"), initializer=here._end_with, initargs=(os.getpid(),))
+        with ProcessPoolExecutor(max(1, jobs), **setup) as pool:
+            futures = [pool.submit(here.run_one, *run, **kwargs) for run in runs]
             try:
-                yield from (f.result() for f in as_completed(futures))
+                yield from (_outcome(f, keep_going) for f in as_completed(futures))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _outcome(future, keep_going):
+    "The record of a run. Its error if the others shall go on."
+    error = future.exception()
+    return error if keep_going and error and not isinstance(error, BrokenProcessPool) else future.result()
+
+# %% ../../nbs/lab/04_grid.ipynb #6fa3abc8
+def _end_with(parent, every=1.0):
+    "End this process soon after the one that started it."
+
+    def _watch():
+        while os.getppid() == parent:
+            time.sleep(every)
+        os._exit(1)
+
+    threading.Thread(target=_watch, daemon=True).start()
 
 # %% ../../nbs/lab/04_grid.ipynb #2e7f4a3c
 @dataclass(frozen=True)
@@ -108,8 +130,25 @@ class Wanted:
 
     @property
     def key(self):  # equal where one record answers for both
-        "Settings that count, and hooks, as text."
-        return f"{used_settings(self.cfg, self.spec.hooks)!r} {self.spec.hooks}"
+        "Settings that count, and hooks."
+        return _key(self.cfg, self.spec.hooks)
+
+
+def _key(cfg, hooks):
+    "What `answers` compares."
+    return used_settings(cfg, hooks), hooks
+
+
+def _by_key(records, data):
+    "key -> the first Record of a set that answers for it. Records of other versions answer for nothing."
+    found = {}
+    for r in records:
+        try:
+            key = _key(config_from(r.config), r.spec.hooks) if r.data == data else None
+        except UserError:
+            continue
+        found.setdefault(key, r)
+    return found
 
 
 def look_up(
@@ -120,9 +159,9 @@ def look_up(
     "What there is on each device. Stale records name the modules that changed."
     found = {}
     for device in dict.fromkeys(r.device for r in records):
-        own, row = [r for r in records if r.device == device], []
+        own, row = _by_key([r for r in records if r.device == device], data), []
         for w in wanted:
-            held = next((r for r in own if answers(r, w.cfg, data, w.spec.hooks)), None)
+            held = own.get(w.key)
             if held:
                 changed = changed_modules(held.code, w.code) if held.code else ()
                 held = replace(held, spec=w.spec, changed=changed)
@@ -192,9 +231,9 @@ def _missing_error(lacking, beside, found, device, file, total):
         )
 
 # %% ../../nbs/lab/04_grid.ipynb #8fd6fe82
-def _wanted(specs, root, schedule, encoder):
+def _wanted(specs, root, schedule, encoder, modules=None):
     "Specs with the settings and the code that they come to."
-    name, train, modules = detect(root), load_split(root, split="train"), read_modules()
+    name, train, modules = detect(root), load_split(root, split="train"), modules or read_modules()
     sizes = dict(images=len(train.images), captions=len(train.captions))
     cfgs = [
         make_config(s.preset, schedule, name, encoder=encoder, seed=s.seed, changes=s.changes, **sizes)
@@ -203,6 +242,37 @@ def _wanted(specs, root, schedule, encoder):
     return [Wanted(s, cfg, run_code(cfg, *s.hooks, modules)) for s, cfg in zip(specs, cfgs)]
 
 # %% ../../nbs/lab/04_grid.ipynb #cb0d3693
+def run_folder(
+    wanted: Wanted,  # the run
+    root: Path,  # its data set
+    about: str,  # fingerprint of the set, and the device
+    runs=None,  # folder of unfinished run folders; `runs/ablations` of the checkout if not given
+) -> Path:  # the same for the same settings, code, set and device, so that it can be resumed
+    "Where a run keeps its state until its record is written."
+    runs = Path(runs) if runs else (repo_root() or Path(".")) / "runs" / "ablations"
+    settings, hooks = wanted.key
+    identity = repr((about, f"{settings!r} {hooks}", sorted(wanted.code.items())))
+    return runs / f"{root.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _train(made, file, log, jobs, **kwargs):
+    "Make runs and write their records, with a line for each."
+    start = time.perf_counter()
+    for done, record in enumerate(run_all(made, jobs, **kwargs), 1):
+        add_record(file, record)
+        left = (time.perf_counter() - start) / done * (len(made) - done)
+        log(f"{done}/{len(made)} {scored(record)}, about {left / 60:.0f} min left", flush=True)
+
+
+def scored(
+    record: Record,  # of a run that has just ended
+) -> str:  # e.g. "cpcl seed 0: R1 60.12 mAP 58.01, 201 s"
+    "A run in a line."
+    last = record.result["last"]
+    scores = f"R1 {last['R1']:.2f} mAP {last['mAP']:.2f}, {record.seconds:.0f} s"
+    return f"{record.name} seed {record.seed}: {scores}"
+
+# %% ../../nbs/lab/04_grid.ipynb #cb427582
 def run_missing(
     specs: list,  # what the notebook compares
     file,  # the records, e.g. records/synth-1k.json
@@ -213,6 +283,7 @@ def run_missing(
     schedule: str = "tiny",  # of every run
     encoder: EncoderConfig = EncoderConfig(),  # of every run
     base: str = "",  # name of the row that others are compared with; the first if empty
+    partial: bool = False,  # without CPCL_RUN: the records there are, however few
 ) -> list:  # of Record: one per spec, then those of other devices
     "The records of a grid. Raises UserError if one is missing, unless CPCL_RUN=1 has it trained."
     file, root = Path(file), Path(root).resolve()
@@ -223,27 +294,12 @@ def run_missing(
     if line := _stale_line(found, wanted):
         log(line)
     if os.environ.get("CPCL_RUN") != "1":
-        _missing_error(lacking, beside, found, device, file, len(specs))
+        if not partial:
+            _missing_error(lacking, beside, found, device, file, len(specs))
     elif lacking:
         log(_train_line(lacking, beside, found, device))
         todo = list({w.key: w for w in [*lacking, *beside]}.values())
-        runs = Path(runs) if runs else (repo_root() or Path(".")) / "runs" / "ablations"
-        _train(todo, file, root, runs, data + device, log, jobs, schedule=schedule, encoder=encoder)
+        made = [(w.spec, root, run_folder(w, root, data + device, runs), w.code, schedule) for w in todo]
+        _train(made, file, log, jobs, encoder=encoder)
         found = look_up(wanted, read_records(file), data)
     return [r for row in found.values() for r in row if r]
-
-
-def _train(todo, file, root, runs, about, log, jobs, **kwargs):
-    "Make runs and write their records, with a line for each."
-    made = []
-    for w in todo:
-        identity = repr((about, w.key, sorted(w.code.items())))
-        run = runs / f"{root.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-        made.append((w.spec, root, run, w.code))
-    start = time.perf_counter()
-    for done, record in enumerate(run_all(made, jobs, **kwargs), 1):
-        add_record(file, record)
-        last, left = record.result["last"], (time.perf_counter() - start) / done * (len(todo) - done)
-        scores = f"R1 {last['R1']:.2f} mAP {last['mAP']:.2f}, {record.seconds:.0f} s"
-        minutes = f"about {left / 60:.0f} min left"
-        log(f"{done}/{len(todo)} {record.name} seed {record.seed}: {scores}, {minutes}", flush=True)

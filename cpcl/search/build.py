@@ -30,10 +30,10 @@ from .vectors import EXACT_ROWS
 from ..train.checkpoint import encoder_file, load_run
 
 # %% ../../nbs/search/05_build.ipynb #e3642966
-def _pixels(path, size):
+def _pixels(path, encoder):
     "A normalised image tensor, None if the file cannot be read."
     try:
-        return to_tensor(pixels_of(path, size))
+        return to_tensor(pixels_of(path, encoder.image_size, encoder.resize))
     except UserError:
         return None
 
@@ -52,7 +52,7 @@ def encode_images(
 
         def decode(batch):
             "Start decoding a batch."
-            return [pool.submit(_pixels, path, encoder.image_size) for path in batch]
+            return [pool.submit(_pixels, path, encoder) for path in batch]
 
         ahead = decode(batches[0]) if batches else []
         for i, _ in enumerate(progress(batches, "encoding", unit="batch")):

@@ -194,7 +194,8 @@ def load_run(
     if path.name != "model.safetensors":
         return load_encoder(replace(read_config(run).encoder, pretrained=str(path)))
     said = read_published(path.parent)
-    encoder, state = Encoder(said["model"], tuple(said["image_size"])), read_weights(path)
+    encoder = Encoder(said["model"], tuple(said["image_size"]), said["reading"], said["resize"])
+    state = read_weights(path)
     check_fit(state, encoder.state_dict(), path, f"{said['model']} at {tuple(said['image_size'])}")
     encoder.load_state_dict(state)
     return encoder.eval()

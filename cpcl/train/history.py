@@ -51,7 +51,8 @@ class EpochRow:
         rest = dict(row)
         epoch, seconds, best = rest.pop("epoch"), rest.pop("seconds", {}), rest.pop("best_epoch", None)
         names = [f.name for f in fields(LabelReport)]
-        labels = LabelReport(*(rest.pop(name) for name in names)) if names[0] in rest else None
+        known = {name: rest.pop(name) for name in names if name in rest}
+        labels = LabelReport(**known) if known else None
         val = {k: rest.pop(k) for k in list(rest) if k.startswith("val_")}
         judged = ("ari_", "ami_", "rescued_", "right_")
         quality = {k: rest.pop(k) for k in list(rest) if k.startswith(judged)}

@@ -64,13 +64,13 @@ def fit(
     accelerator, bf16 = start_processes(cfg.optim.precision, cfg.optim.deterministic, log)
     device, first = accelerator.device, accelerator.is_main_process
     seed_everything(cfg.seed)
-    loss, labels, encoder = load_function(loss), load_function(labels), load_encoder(cfg.encoder)
     run, log = user_path(run), log if first else _silent
+    loss, labels, encoder = load_function(loss), load_function(labels), load_encoder(cfg.encoder, log)
     with held_run(run, train.root):
         once(lambda: _open(run, cfg, data or data_facts(train), resume, hooks))
         encoder, optimizer, history = _restore(cfg, encoder, run, resume, device, log)
         model, writer = accelerator.prepare_model(encoder), _TensorBoard(run) if first else None
-        pixels = _pixels(cache, train, encoder.image_size)
+        pixels = _pixels(cache, train, encoder)
         for epoch in range(len(history), cfg.optim.epochs):
             watch, report, judged = Stopwatch(), None, {}
             memories = no_memories(len(train.images), len(train.captions), encoder.width, device)
@@ -121,7 +121,7 @@ def _label(labels, features, cfg, truth, log):
 
 def _judge(found, features, cfg, quality, run, history, log):
     "(LabelReport, numbers of `quality`) of an epoch's labels. What is odd about them is logged."
-    report = label_report(found)
+    report = label_report(found, features)
     rows = len(features.img), len(features.txt)
     for line in label_remarks(report, *rows, cfg.labels.source):
         log(f"  {line}")
@@ -160,9 +160,11 @@ def _check_finite(features, train):
             )
 
 # %% ../../nbs/80_train/03_loop.ipynb #dd63bee8
-def _pixels(cache, train, size):
+def _pixels(cache, train, encoder):
     "A `PixelCache` of the training images: the given one, or a new one that keeps them or not."
-    return cache if isinstance(cache, PixelCache) else PixelCache(train, size, cache=cache)
+    if isinstance(cache, PixelCache):
+        return cache
+    return PixelCache(train, encoder.image_size, cache=cache, resize=encoder.resize)
 
 
 def _silent(line):
@@ -185,7 +187,7 @@ def _earlier(path):
     except UserError:
         return []
 
-
+# %% ../../nbs/80_train/03_loop.ipynb #b61f20d9
 def _restore(cfg, encoder, run, resume, device, log):
     "Encoder, optimiser and history as the run starts, or as it was left."
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
@@ -248,6 +250,7 @@ def _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator):
         cache=pixels,
         groups=memories.labels_img.cpu().numpy()[train.image_of],
         captions_per_cluster=cfg.labels.captions_per_cluster,
+        resize=encoder.resize,
         **share(accelerator),
     )
 

@@ -14,6 +14,7 @@ from ..data.read import Split, detect, has_split, load_person, load_split
 from ..data.tokens import cut_note
 from ..encoder.towers import EncoderConfig
 from ..encoder.extract import features
+from ..encoder.weights import filter_of
 from ..eval.label_quality import quality_of
 from ..eval.scores import evaluate
 from ..hcm import hcm_loss
@@ -105,8 +106,6 @@ def train_run(
     train = load_split(root, name, "train")
     held_out = {s: load_split(root, name, s) for s in ("val", "test") if has_split(root, name, s)}
     cfg = make_config(preset, schedule, name, len(train.images), encoder, seed, changes, len(train.captions))
-    size = cfg.encoder.image_size
-    caches = {s: PixelCache(split, size, cache=cache) for s, split in (held_out | {"train": train}).items()}
 
     def _validate(encoder):
         mean = score_split(encoder, held_out["val"], caches["val"], together=True).mean()
@@ -118,6 +117,7 @@ def train_run(
     data = data_facts(train, **held_out)
     names = hook_names(cfg, loss, labels)
     once(lambda: check_run(run, cfg, data | dict(weights=weights_of(cfg.encoder)), resume, names))
+    caches = {s: _cache(split, cfg.encoder, cache) for s, split in (held_out | {"train": train}).items()}
     if first:
         if note := cut_note(train.captions):
             log(f"note: {note}")
@@ -146,15 +146,23 @@ def _check(cfg, train, truth, root):
         )
 
 
+def _counts(c):
+    "The counts of a clustering in words."
+    chosen = "k1, k2 and min_samples chosen in every epoch"
+    return chosen if c.k1 == "auto" else f"k1 {c.k1}, k2 {c.k2}, min_samples {c.min_samples}"
+
+
 def _say_counts(cfg, train, log):
     "Log which counts the clustering takes, and from what they follow."
     if cfg.labels.source in ("clusters", "image"):
-        three = [
-            f"k1 {c.k1}, k2 {c.k2}, min_samples {c.min_samples}"
-            for c in (cfg.labels.image, cfg.labels.caption)
-        ]
+        three = [_counts(c) for c in (cfg.labels.image, cfg.labels.caption)]
         per_image = len(train.captions) / len(train.images)
         log(f"clustering, at {per_image:.2g} captions per image: images {three[0]}; captions {three[1]}")
+
+
+def _cache(split, encoder, keep):
+    "A `PixelCache` of a split as an encoder sees it."
+    return PixelCache(split, encoder.image_size, cache=keep, resize=filter_of(encoder))
 
 
 def _read_images(caches):

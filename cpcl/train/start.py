@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..core import UserError
 from ..data.read import Split
-from ..encoder.towers import EncoderConfig
-from ..encoder.weights import fetch
+from ..encoder.towers import EncoderConfig, usual_reading
+from ..encoder.weights import about, fetch, reading_of
 from ..files import LOCK, MARK, check_folder, claimed, digest, expect, json_text, printable
 from ..files import read_json, user_path, write_json
 from .checkpoint import read_config, read_hooks
@@ -154,6 +154,20 @@ def _check_data(run, data):
                 "put it back, or give another --out"
             )
 
+
+def _check_reading(run, encoder):
+    "Raises UserError if a run has read its weights in another way, as an earlier version did with some tags."
+    try:
+        last = about(run / "last.safetensors")
+    except UserError:  # not there yet, or damaged: written again when the run goes on
+        return
+    was, now = last.reading or usual_reading(encoder.model), reading_of(encoder)
+    if was != now:
+        raise UserError(
+            f"{run} was started with {was}, but {encoder.pretrained or encoder.model} wants {now}: "
+            "start it again with another --out"
+        )
+
 # %% ../../nbs/80_train/11_start.ipynb #843f923d
 def check_run(
     run,  # run folder, perhaps missing
@@ -172,6 +186,7 @@ def check_run(
         raise UserError(f"{run} holds a run already: give --resume to continue it, or another --out")
     _check_settings(run, cfg, hooks or {})
     _check_data(run, data | _hook_code(hooks))
+    _check_reading(run, cfg.encoder)
 
 # %% ../../nbs/80_train/11_start.ipynb #38837eec
 def is_run(

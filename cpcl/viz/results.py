@@ -6,6 +6,8 @@
 __all__ = ['scores_table', 'scores_bars']
 
 # %% ../../nbs/02_viz/04_results.ipynb #fcaed2a7
+import math
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -18,18 +20,23 @@ def scores_table(
     intervals: dict = None,  # row name -> dict of metric -> (low, high); rows may be missing
     metrics: tuple = ("R1", "R5", "R10", "mAP", "mINP"),  # columns, in this order
 ) -> pd.DataFrame:  # text cells, "58.2" or "58.2 (55.0-61.1)"
-    "A table of results with intervals behind the numbers, and a dash for a missing metric."
+    "A table of results with intervals behind the numbers where they are known, a dash for a missing metric."
 
     def _cell(name, metric):
         value, interval = rows[name].get(metric), (intervals or {}).get(name, {}).get(metric)
         if value is None:
             return "-"
-        if interval is None:
+        if not _is_known(interval):
             return f"{value:.1f}"
         return f"{value:.1f} ({interval[0]:.1f}-{interval[1]:.1f})"
 
     cells = [[_cell(name, metric) for metric in metrics] for name in rows]
     return pd.DataFrame(cells, index=list(rows), columns=list(metrics))
+
+
+def _is_known(interval):
+    "Whether there is an interval: neither missing nor NaN, as it is for one seed."
+    return interval is not None and not any(math.isnan(end) for end in interval)
 
 # %% ../../nbs/02_viz/04_results.ipynb #f2068a41
 def scores_bars(
@@ -61,7 +68,7 @@ def scores_bars(
 def _whisker(ax, value, at, interval):
     "The interval of a bar, if it has one, and its number."
     right = value
-    if interval is not None:
+    if _is_known(interval):
         low, right = interval
         ax.errorbar(value, at, xerr=[[value - low], [right - value]], color="k", lw=1.1, capsize=3)
     ax.text(right + 1, at, f"{value:.1f}", va="center", fontsize=9)
