@@ -121,15 +121,8 @@ def read_text(
         raise UserError(f"cannot read {file}: {e.strerror} (check that you may read it)") from None
 
 # %% ../nbs/01_files.ipynb #83fd1191
-_KINDS = {
-    dict: "an object",
-    list: "a list",
-    str: "text",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
+_KINDS = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number"}
+_KINDS |= {bool: "true or false", type(None): "null"}
 
 
 def _is_kind(value, kind):
@@ -264,15 +257,10 @@ def _others(folder):
 def _check_place(folder, flag):
     "Raises UserError if nothing can be written to a folder, or if it cannot be made."
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
-    if not there.is_dir():
-        raise UserError(
-            f"cannot write {printable(folder)}, {printable(there)} is no folder: give another {flag}"
-        )
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"cannot write {printable(folder)}, {printable(there)} may not be written to: "
-            f"change its permissions, or give another {flag}"
-        )
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return
+    why = "may not be written to" if there.is_dir() else "is no folder"
+    raise UserError(f"cannot write {printable(folder)}, {printable(there)} {why}: give another {flag}")
 
 
 def _check_ours(folder, kind, ours, flag):

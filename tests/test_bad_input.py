@@ -926,7 +926,7 @@ BAD = {
         Case(
             "exported: below a file",
             "export {run} --out {tmp}/file/out",
-            ("file", "Not a directory", "another --out"),
+            ("file", "is no folder", "another --out"),
             put("file", "x"),
         ),
         Case(

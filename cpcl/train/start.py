@@ -114,7 +114,7 @@ def _check_settings(run, cfg, hooks):
             f"Give the same flags{_command(run)}, or another --out"
         )
 
-
+# %% ../../nbs/80_train/11_start.ipynb #b264cb64
 def _hook_code(hooks):
     "Checksums of the files that hold a loss or a label source of your own, as `loss_code` and `labels_code`."
     files = {kind: user_path(name.rpartition(":")[0]) for kind, name in (hooks or {}).items()}
