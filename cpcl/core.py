@@ -116,9 +116,10 @@ class _Fork:
 
 
 def _after_fork():
-    "Record in the child what it is."
-    server = sys._getframe(1).f_globals.get("__name__") == "multiprocessing.forkserver"
-    _Fork.happened |= not server
+    "Record in the child what it is, and have torch compute on one thread there, as in a loader process."
+    if sys._getframe(1).f_globals.get("__name__") != "multiprocessing.forkserver":
+        _Fork.happened = True
+        torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):

@@ -145,8 +145,10 @@ def expect(
     kind,  # one of dict, list, str, int, float (finite, integers too), bool, type(None); or a tuple of them
     what: str,  # the value's name for the message, e.g. "config.json: width"
 ):  # the value
-    "Check the type of a value. Raises UserError if it has another one. True is no integer."
+    "Check the type of a value. Raises UserError if it has another one (true is no integer)."
     kinds = kind if isinstance(kind, tuple) else (kind,)
+    if isinstance(value, str) and str in kinds and not is_unicode(value):
+        raise UserError(f"{what} must be valid Unicode, got {short(ascii(value))}")
     if any(_is_kind(value, k) for k in kinds):
         return value
     raise UserError(f"{what} must be {' or '.join(_KINDS[k] for k in kinds)}, got {short(value)}")

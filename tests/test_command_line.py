@@ -369,6 +369,18 @@ def test_little_memory_is_one_line(things, promise):
         assert "Traceback" not in done.stderr, done.stderr
 
 
+def test_a_wrong_variable_of_a_package_is_one_line(things, promise):
+    promise("no memory and broken packages are one line", 2)
+    for name, words in {
+        "TQDM_MININTERVAL": ["doctor", things / "set"],
+        "MPLBACKEND": ["train", "--root", things / "set", "--epochs", "1"],
+    }.items():
+        done = process(*words, env=os.environ | {name: "nonsense"})
+        _, err = done.communicate(timeout=100)
+        assert done.returncode == 2 and "correct the environment variable" in err, err
+        assert err.count("\n") == 1 and "nonsense" in err, err
+
+
 def test_a_broken_package_is_one_line(things, tmp_path, promise):
     promise("no memory and broken packages are one line")
     (tmp_path / "open_clip").mkdir()

@@ -95,6 +95,20 @@ def test_what_is_read_is_not_written(command, things, tmp_path, promise):
     assert contents(things) == before
 
 
+@pytest.mark.parametrize("place", ["file/out", "link", "link/out", "x/" * 1000])
+def test_a_place_that_cannot_be_is_refused_before_anything_is_read(place, things, tmp_path, promise):
+    promise("an --out that cannot be written is refused before an image is read")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nothing")
+    with mock.patch("cpcl.train.runs._read_images", side_effect=AssertionError("images are read")):
+        for command in ("train", "index", "synth"):
+            words = WRITE[command].format(set=things / "set", run=things / "run", mine=tmp_path / place)
+            if command == "train" and place.startswith("x/"):
+                continue  # found when the folder is made
+            status, _, err = cpcl(words)
+            assert status == 2 and err.count("\n") == 1, err
+
+
 def test_what_somebody_adds_to_our_folder_stays(things, tmp_path, promise):
     promise("a file that a user puts into a folder of ours survives a second run of the command", 3)
     for command, words in {
@@ -233,6 +247,17 @@ def test_other_weights_are_not_resumed(things, tmp_path, promise):
     status, _, err = cpcl(f"{words} --resume")
     assert status == 2 and "was started from other weights" in err, err
     assert contents(tmp_path / "run") == before
+
+
+def test_another_text_of_a_loss_is_not_resumed(things, tmp_path, promise):
+    promise("a run is not resumed with another text of its own loss")
+    (tmp_path / "mine.py").write_text("from cpcl.hcm import hcm_loss\n")
+    words = f"train --root {things}/set --out {tmp_path}/run {SMALL} --loss {tmp_path}/mine.py:hcm_loss"
+    assert cpcl(words)[0] == 0
+    assert cpcl(f"{words} --resume")[0] == 0
+    (tmp_path / "mine.py").write_text("from cpcl.hcm import hcm_loss  # changed\n")
+    status, _, err = cpcl(f"{words} --resume")
+    assert status == 2 and "another text in the file of --loss" in err, err
 
 
 def test_flags_of_the_start_are_named(things, tmp_path, monkeypatch, promise):

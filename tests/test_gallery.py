@@ -2,6 +2,7 @@
 
 import io, json, os, shutil, subprocess, sys, threading, warnings
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -77,6 +78,13 @@ def contents(folder):
 # --- what a listing leaves out
 
 
+def _closed(path):
+    "A path, if its folder may be listed."
+    if str(path).endswith("lost+found"):
+        raise PermissionError(13, "Permission denied", str(path))
+    return path
+
+
 def test_what_is_left_out_is_counted(tmp_path, crops, promise):
     promise("what a listing of images leaves out is counted by its reason", 9)
     for i in range(11):
@@ -94,6 +102,10 @@ def test_what_is_left_out_is_counted(tmp_path, crops, promise):
     (crops / ".DS_Store").write_bytes(b"x")
     found, left = scan_images(crops)
     assert len(found) == 12
+    (crops / "lost+found").mkdir()
+    listing = os.scandir
+    with mock.patch("os.scandir", lambda p: listing(_closed(p))):
+        assert "1 folders that may not be read (lost+found)" in scan_images(crops)[1].line()
     assert (left.links, left.formats.total(), left.formats[".heic"], left.hidden) == (13, 6, 2, 2)
     assert (
         "13 behind links (e.g. cam9), 6 of other formats (.heic 2" in left.line()
@@ -349,6 +361,29 @@ def test_a_replaced_image_is_shown_nowhere(build, crops, tmp_path, promise):
     box.children[0].children[0].value = "a man"
     assert len(box.children[3].children) == 11 and "1 of 12" in box.children[2].value
     assert "11 kept, 1 dropped" in build()[1][-1]  # the link is not indexed either
+
+
+IN_A_FORK = """
+import multiprocessing, sys
+from cpcl.search import Index
+
+def ask(sentence):
+    return index.search(sentence, 3).path.tolist()
+
+index = Index.open(sys.argv[1])
+index.search(["a man in a red coat"] * 64)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    found = pool.map_async(ask, ["a man", "a woman"]).get(60)
+assert found == [ask("a man"), ask("a woman")], found
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_search_in_a_forked_process_answers(build, tmp_path, promise):
+    "Torch and faiss have lost their threads there, and would wait for them forever."
+    promise("a search in a forked process answers", 2)
+    build(out=tmp_path / "index")
+    subprocess.run([sys.executable, "-c", IN_A_FORK, str(tmp_path / "index")], check=True, timeout=200)
 
 
 def test_an_empty_list_is_drawn(build, promise, recwarn):

@@ -243,13 +243,21 @@ def all_cores():
 def compiled(
     fn,  # a function in the subset of Python that numba compiles
 ):  # the same function, to be called from Python; it compiles at its first call
-    "Compile with numba for all cores, and keep the machine code on disk where that is possible."
+    """Compile with numba for all cores, and keep the machine code on disk where that is possible.
+
+    A call raises UserError if numba has no threads of the kind that the environment asks for."""
     kernel = machine_code(fn, parallel=True)
 
     @functools.wraps(fn)
     def _run(*args):
         with all_cores():
-            return kernel(*args)
+            try:
+                return kernel(*args)
+            except ValueError as e:
+                if "threading layer" not in str(e):
+                    raise
+                why = str(e).split("\n")[0].rstrip(".")
+                raise UserError(f"{why}: unset NUMBA_THREADING_LAYER") from None
 
     _run.kernel = kernel
     return _run

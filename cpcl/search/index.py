@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..core import UserError, unit
 from ..data.tokens import has_control_words, unseen_text
-from ..files import digest, short, user_path
+from ..files import digest, is_unicode, short, user_path
 from .build import build_index, open_store
 from .columns import find_filters, unknown_note
 from .gallery import read_found
@@ -125,6 +125,8 @@ def _texts(query):
     for t in texts:
         if not isinstance(t, str) or not t.strip():
             raise UserError("a query must be a sentence, got an empty one")
+        if not is_unicode(t):
+            raise UserError(f"the query {short(ascii(t))} is not valid Unicode: type it again")
         if len(t) > MAX_QUERY:
             raise UserError(f"a query may have {MAX_QUERY} characters, this one has {len(t)}")
     return texts

@@ -115,8 +115,14 @@ def _check_settings(run, cfg, hooks):
         )
 
 
+def _hook_code(hooks):
+    "Checksums of the files that hold a loss or a label source of your own, as `loss_code` and `labels_code`."
+    files = {kind: user_path(name.rpartition(":")[0]) for kind, name in (hooks or {}).items()}
+    return {f"{kind}_code": digest(f)[:16] for kind, f in files.items() if f.suffix == ".py" and f.is_file()}
+
+
 def _check_data(run, data):
-    "Raises UserError if a run was started on other data or from other weights."
+    "Raises UserError if a run was started on other data, from other weights or with another text of a hook."
     old = trained_on(run)
     differs = [
         k
@@ -140,6 +146,13 @@ def _check_data(run, data):
         raise UserError(
             f"{run} was started from other weights: give the file it was started from, or another --out"
         )
+    for kind in ("loss", "labels"):
+        was, now = (d.get(f"{kind}_code") for d in (old, data))
+        if was and now and was != now:
+            raise UserError(
+                f"{run} was started with another text in the file of --{kind}: "
+                "put it back, or give another --out"
+            )
 
 
 def _check_reading(run, encoder):
@@ -172,7 +185,7 @@ def check_run(
     if not resume:
         raise UserError(f"{run} holds a run already: give --resume to continue it, or another --out")
     _check_settings(run, cfg, hooks or {})
-    _check_data(run, data)
+    _check_data(run, data | _hook_code(hooks))
     _check_reading(run, cfg.encoder)
 
 # %% ../../nbs/80_train/11_start.ipynb #38837eec
@@ -216,7 +229,7 @@ def start_run(
     "Open a run folder. Raises UserError if it holds another run."
     with run_folder(run, data.get("root")) as run:
         check_run(run, cfg, data, resume, hooks)
-        facts = dict(config=config_dict(cfg), data=data)
+        facts = dict(config=config_dict(cfg), data=data | _hook_code(hooks))
         write_json(run / "config.json", facts | ({"hooks": hooks} if hooks else {}))
 
 # %% ../../nbs/80_train/11_start.ipynb #be3b69a3
