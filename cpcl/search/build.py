@@ -73,6 +73,11 @@ def _open(folder, manifest):
     "The store that a manifest names."
     if not manifest.store:
         return read_store(folder, manifest)
+    if "://" not in manifest.store and not Path(manifest.store).exists():
+        raise UserError(
+            f"{printable(manifest.store)}, with the vectors of this index, is not there any more: "
+            "put it back, or build the index again"
+        )
     store = MilvusStore(manifest.store, manifest.collection)
     if not store.exists():
         raise UserError(f"{manifest.store} holds no collection {manifest.collection}: build the index again")
