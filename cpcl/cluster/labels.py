@@ -105,13 +105,12 @@ class ClusterReport:
 def with_counts(
     cfg: ClusterConfig,  # perhaps with k1="auto"
     features,  # `[N, D]` float32 unit rows: an array, or a tensor, searched on its device
-    x: np.ndarray,  # the same rows as an array
 ) -> ClusterConfig:  # with numbers
     'Settings in which `k1="auto"` has become the k1, k2 and min_samples of the most stable clustering.'
     if cfg.k1 != "auto":
         return cfg
     eps = 0.6 if cfg.eps == "auto" else cfg.eps
-    k1, k2, least = choose_counts(features, x, eps, LABELLERS[cfg.labeller], cfg.search).counts
+    k1, k2, least = choose_counts(features, eps, LABELLERS[cfg.labeller], cfg.search).counts
     return replace(cfg, k1=k1, k2=k2, min_samples=least)
 
 
@@ -131,7 +130,7 @@ def pseudo_labels(
     rows = features if torch.is_tensor(features) and features.device.type != "cpu" else x
     if cfg.k1 == "auto":
         with watch("counts"):
-            cfg = with_counts(cfg, rows, x)
+            cfg = with_counts(cfg, rows)
         notes["counts"] = cfg.k1, cfg.k2, cfg.min_samples
     auto = cfg.eps == "auto"
     with watch("neighbours"):

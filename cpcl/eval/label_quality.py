@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import gammaln
 
+from ..cluster.auto import alone
 from ..core import check_labels
 
 # %% ../../nbs/70_eval/01_label_quality.ipynb #b7d392cd
@@ -78,7 +79,7 @@ def label_quality(
         raise ValueError(f"person must have one identity per row, {labels.shape}, got {person.shape}")
     from sklearn.metrics import adjusted_rand_score
 
-    single = np.where(labels < 0, clusters + np.arange(len(labels)), labels)
+    single = alone(labels)
     ari, ami = adjusted_rand_score(person, single), adjusted_mutual_information(person, single)
     return LabelQuality(clusters, outliers, float(ari), ami)
 

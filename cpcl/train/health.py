@@ -99,7 +99,7 @@ def save_eps_figure(
 ) -> Path:  # `path`
     "Clusters and outliers of one modality at every eps, as a figure on disk."
     x = np.ascontiguousarray(features, np.float32)
-    cfg = with_counts(cfg, x, x)
+    cfg = with_counts(cfg, x)
     graph = jaccard_graph(knn(x, cfg.k1, cfg.search)[0], x, cfg.k1, cfg.k2, LARGEST_EPS)
     ax = eps_plot(eps_curve(graph, cfg.min_samples), None if cfg.eps == "auto" else cfg.eps)
     return save_figure(ax, path)
