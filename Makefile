@@ -28,12 +28,14 @@ demo: install ## train on the sample set and print the table (minutes, no GPU)
 
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export NUMBA_CACHE_DIR := $(CURDIR)/.cache/numba
+# two test processes of two threads each must not spin beside one another
+export OMP_WAIT_POLICY ?= passive
 
 test: install ## what decides whether a change lands
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest $(ALONE)
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --durations 10 $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(ALONE) --durations 10
 	$(BIN)/nbdev_test --n_workers 2
 
 test-all: test ## also what is marked slow, the tutorials and the ablation notebooks

@@ -205,7 +205,7 @@ def kill(stage, draw, run, undisturbed, code=None):
     return f"{target} call {number} of {undisturbed['counts'][target]}, {when}"
 
 
-QUICK = ["encoding images", "clustering", "a step", "writing a file", "before a rename"]
+QUICK = ["clustering", "a step", "writing a file"]
 POINTS = [
     (stage, i)
     for stage in (*STAGES, BY_TIME)

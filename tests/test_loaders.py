@@ -311,8 +311,10 @@ def test_a_killed_process_ends_a_training(how, small_set, tmp_path, promise):
     assert ending(process) == (2, [line])
 
 
-@pytest.mark.parametrize("status, how", [(143, signal.SIGTERM), (130, signal.SIGINT)])
 @pytest.mark.parametrize("i", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 8))])
+@pytest.mark.parametrize(
+    "status, how", [pytest.param(143, signal.SIGTERM, marks=pytest.mark.slow), (130, signal.SIGINT)]
+)
 def test_a_signal_for_all_processes(i, how, status, small_set, tmp_path, promise):
     "At a random moment: in a step, while processes start or end, between epochs."
     promise(STOP)

@@ -367,7 +367,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("layer", ["omp", pytest.param("workqueue", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
 def test_threads_and_forks(layer, promise, monkeypatch):
     "GNU OpenMP's threads are lost in a fork. numba's own are started again there."
     script = re.sub(r"^if __name__.*$", "if True:", FORK, flags=re.M)

@@ -122,6 +122,7 @@ def test_stamping_keeps_every_number(tmp_path):
         assert json.dumps(numbers(read_records(copy))) == json.dumps(before)
 
 
+@pytest.mark.slow
 def test_one_job_gives_the_numbers_of_two(tmp_path):
     "The default loss by name reaches the worker processes and gives the same, as another run."
     root = write_synth(tmp_path / "s", people=30, seed=3, splits=(16, 4, 10))

@@ -239,7 +239,9 @@ def _acceptable(value, folder):
     if not isinstance(value, dict):
         return value is None or isinstance(value, (str, int, float))
     path = value.get("path")
-    return isinstance(path, str) and "\0" not in path and Path(path).resolve().is_relative_to(folder)
+    if not isinstance(path, str) or "\0" in path or not Path(path).is_absolute():
+        return False
+    return Path(path).resolve().is_relative_to(folder)
 
 
 def _forget(session):
