@@ -36,7 +36,7 @@ test: install ## what decides whether a change lands
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile --durations 10 $(ALONE:%=--ignore=%)
 	$(BIN)/python -m pytest $(ALONE) --durations 10
-	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/nbdev_test --n_workers 2 --timing
 
 test-all: test ## also what is marked slow, the tutorials and the ablation notebooks
 	-$(BIN)/python -m pip install -q --only-binary :all: atheris # a guided fuzzer, where it installs; without it its test is skipped

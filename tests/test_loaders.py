@@ -296,7 +296,8 @@ def ending(process):
 
 
 @pytest.mark.skipif(not os.path.exists(f"/proc/self/task/{os.getpid()}/children"), reason="needs /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_ends_a_training(how, small_set, tmp_path, promise):
     "One that has made its last batch of an epoch is not missed, so there is another try until the end."
     promise(DEATH)

@@ -187,6 +187,7 @@ for cell in ({first!r}, {second!r}, "print(outer(5), sum(outer.stats.cache_hits.
 """
 
 
+@pytest.mark.slow
 def test_cells_of_two_notebooks(tmp_path, promise):
     "Two notebooks have the same cell and another helper, from a module that only one of them has."
     promise(DISK, cases=3)
@@ -205,6 +206,7 @@ def test_cells_of_two_notebooks(tmp_path, promise):
         ]
 
 
+@pytest.mark.slow
 def test_two_first_starts_with_other_types(tmp_path, promise):
     "Both at once into one empty folder, then both again: each finds its own."
     promise(START, cases=2)
