@@ -191,6 +191,8 @@ def _earlier(path):
 def _restore(cfg, encoder, run, resume, device, log):
     "Encoder, optimiser and history as the run starts, or as it was left."
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
+    encoder.freeze(cfg.optim.freeze)
+    encoder.clip.set_grad_checkpointing(cfg.optim.checkpointing)
     optimizer = build_optimizer(encoder, cfg.optim)
     found = once(lambda: newest_state(run, log) if resume else None)
     if found is None:
@@ -251,6 +253,7 @@ def _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator):
         groups=memories.labels_img.cpu().numpy()[train.image_of],
         captions_per_cluster=cfg.labels.captions_per_cluster,
         resize=encoder.resize,
+        device=accelerator.device,
         **share(accelerator),
     )
 
