@@ -6,6 +6,7 @@ The names below are the front door. Each is imported from its own module when it
 
 __version__ = "0.1.0"
 
+from . import _idle_threads as _idle_threads  # before anything imports torch
 from ._front_door import front_door
 
 __getattr__, __dir__, __all__ = front_door(

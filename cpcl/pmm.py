@@ -21,7 +21,8 @@ def check_targets(
     if labels.ndim != 1 or len(labels) != n or labels.is_floating_point():
         raise ValueError(f"{name} must be {n} integers, got {labels.dtype} of shape {tuple(labels.shape)}")
     if n and labels.device.type == "cpu":
-        low, high = int(labels.min()), int(labels.max())
+        values = labels.numpy()
+        low, high = int(values.min()), int(values.max())
         if low < -1 or high >= k:
             raise ValueError(f"{name} must be in -1..{k - 1} for {k} prototypes, got {low}..{high}")
 
@@ -86,6 +87,7 @@ class PrototypeMemory(torch.nn.Module):
         feats,  # `[B, D]` features of this step, own modality; detached and scaled here
         labels,  # `[B]` int tensor, -1 = outlier; duplicates count twice
         reduce=None,  # adds up (sums, counts) over processes, e.g. `accelerator.reduce`; None: one process
+        taken=None,  # bool tensor `[]` on the device: False leaves everything as it is; None: True
     ):
         "Move the prototypes of the labels present towards the batch's mean, P <- unit(mu P + (1-mu) f)."
         if not self.refresh or not len(self.protos):
@@ -94,6 +96,8 @@ class PrototypeMemory(torch.nn.Module):
         if reduce is not None:
             sums, counts = reduce((sums, counts))
         mean, present = sums / counts.clamp(min=1)[:, None], counts[:, None] > 0
+        if taken is not None:
+            present = present & taken
         new = unit(self.mu * self.protos + (1 - self.mu) * mean)
         self.protos = torch.where(present, new, self.protos).to(self.protos.dtype)
 

@@ -1,9 +1,14 @@
 "Shared by the test files: which promise a test checks, for the table in nbs/benchmarks/reliability.ipynb."
 
-import json, os
+import json, os, signal
 from pathlib import Path
 
 import pytest
+
+# a shell's background jobs and nohup leave some signals ignored, and every process started here would too
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 KEPT = pytest.StashKey()
 

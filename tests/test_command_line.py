@@ -320,7 +320,6 @@ def test_a_stopped_command_says_what_was_stopped(name, number, promise):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
     )
     assert done.stdout.readline() == "started\n", done.communicate()
     time.sleep(0.05)

@@ -141,6 +141,27 @@ assert not {{"faiss", "open_clip"}} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    "first, given, spins, late",
+    [
+        ("cpcl", {}, "100", False),
+        ("torch, cpcl", {}, "100", True),
+        ("torch, cpcl", {"OMP_WAIT_POLICY": "passive"}, "None", False),
+        ("cpcl", {"GOMP_SPINCOUNT": "7"}, "7", False),
+    ],
+)
+def test_idle_threads_sleep_soon(first, given, spins, late):
+    "cpcl decides how long idle threads spin where nobody else has, and says once when it comes too late."
+    code = f"""
+import os, {first}
+from cpcl._idle_threads import say_once
+print(os.environ.get("GOMP_SPINCOUNT"), bool(say_once()), bool(say_once()))
+"""
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | given
+    said = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+    assert said.stdout.split() == [spins, str(late), "False"]
+
+
 def test_one_faiss_only():
     "faiss-cpu and faiss-gpu own the same folder and overwrite each other."
     from importlib.metadata import distributions
@@ -169,6 +190,8 @@ def test_folders_import_leftwards():
                 continue
             names = [target[0]] if target[0] else [a.name for a in node.names]
             for name in names:
+                if name.startswith("_"):  # what all of them share
+                    continue
                 assert ORDER.index(name) <= ORDER.index(parts[0]), (
                     f"{path.relative_to(ROOT)} imports cpcl.{name}, which stands to its right"
                 )

@@ -277,9 +277,6 @@ def start_training(root, run):
         errors="replace",
         env=env,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # ignored in the background
     )
     until = time.monotonic() + 120
     while not (run / "last.safetensors").is_file() and time.monotonic() < until:

@@ -153,19 +153,23 @@ def runs(root, tmp_path_factory):
     script.write_text(SCRIPT)
     made = {}
 
-    def _run(world):
-        if world not in made:
-            words = ["train", "--root", str(root), "--out", str(base / f"{world}"), *SETTINGS]
-            done = launch(script, world, words, NOTES=str(base))
+    def _run(world, *more):
+        key = world, *more
+        if key not in made:
+            folder = base / "-".join([f"{world}", *more])
+            folder.mkdir()
+            words = ["train", "--root", str(root), "--out", str(folder / "run"), *SETTINGS, *more]
+            done = launch(script, world, words, NOTES=str(folder))
             assert done.returncode == 0, done.stderr
-            made[world] = base / f"{world}", [torch.load(base / f"{world}-{r}.pt") for r in range(world)]
-        return made[world]
+            notes = [torch.load(folder / f"{world}-{r}.pt") for r in range(world)]
+            made[key] = folder / "run", notes
+        return made[key]
 
     return _run
 
 
-def same_training(runs, world):
-    (one, [alone]), (several, noted) = runs(1), runs(world)
+def same_training(runs, world, *more):
+    (one, [alone]), (several, noted) = runs(1), runs(world, *more)
     assert alone["world"] == 1 and [n["world"] for n in noted] == [world] * world
     for n in noted:  # labels, memories and losses, on every rank
         for a, b in zip(alone["notes"], n["notes"], strict=True):
@@ -205,6 +209,12 @@ SAME = (
 def test_two_processes_make_the_same_run(runs, promise):
     promise(SAME)
     same_training(runs, 2)
+
+
+@pytest.mark.slow
+def test_two_processes_in_chunks_make_the_same_run(runs, promise):
+    promise(SAME)
+    same_training(runs, 2, "optim.chunk=3")
 
 
 @pytest.mark.slow

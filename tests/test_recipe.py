@@ -55,6 +55,9 @@ EXPECTED = {
     "optim.clip_norm": 1000.0,  # a guard
     "optim.precision": "auto",
     "optim.deterministic": False,
+    "optim.chunk": 0,
+    "optim.checkpointing": False,
+    "optim.freeze": "",
     "augment.flip": 0.5,
     "augment.pad": 10,
     "augment.erase": 0.5,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEIC_SUFFIXES', 'IMAGE_SUFFIXES', 'MAX_PIXELS', 'FILTERS', 'USUAL_FILTER', 'CLIP_MEAN', 'CLIP_STD', 'MEAN_COLOUR',
-           'read_image', 'check_filter', 'pixels_of', 'to_tensor', 'PixelCache']
+           'DEVICE_SHARE', 'read_image', 'check_filter', 'pixels_of', 'to_tensor', 'to_tensors', 'PixelCache']
 
 # %% ../../nbs/10_data/02_images.ipynb #597b68ba
 import importlib.util, math, os, stat
@@ -260,7 +260,19 @@ def to_tensor(
     out -= _SHIFT
     return torch.from_numpy(out)
 
+
+def to_tensors(
+    pixels: torch.Tensor,  # uint8 `[B, H, W, 3]`, on any device
+) -> torch.Tensor:  # float32 `[B, 3, H, W]`, normalised, the same bits on every device
+    "`to_tensor` of a batch, where its pixels are."
+    scale, shift = (torch.from_numpy(x).to(pixels.device) for x in (_SCALE, _SHIFT))
+    out = torch.empty(len(pixels), 3, *pixels.shape[1:3], device=pixels.device)
+    return torch.mul(pixels.permute(0, 3, 1, 2), scale, out=out).sub_(shift)
+
 # %% ../../nbs/10_data/02_images.ipynb #5115e10d
+DEVICE_SHARE = 1 / 3  # of a GPU's free memory that pixels may take
+
+
 class PixelCache:
     "The images of a split as uint8 `[N, H, W, 3]`, resized, each decoded at most once."
 
@@ -278,6 +290,7 @@ class PixelCache:
         shape = (len(split.images), *self.size, 3)
         self.cached = cache and math.prod(shape) <= limit_gb * 2**30
         self.pixels = np.empty(shape, np.uint8) if self.cached else None
+        self._there = {}  # device -> the pixels on it
         self.have = np.zeros(len(split.images), bool)
 
     def __len__(self):
@@ -311,3 +324,17 @@ class PixelCache:
         finally:
             pool.shutdown(cancel_futures=True)  # an unreadable image or Ctrl-C stops at once
         return self
+
+    def on(
+        self,
+        device,  # where the steps run
+    ) -> torch.Tensor | None:  # uint8 `[N, H, W, 3]`
+        "All pixels on a GPU. None if it has no room for them, for a CPU, and if nothing is kept."
+        device = torch.device(device)
+        if not self.cached or device.type != "cuda":
+            return None
+        if device not in self._there:
+            room = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+            fits = self.pixels.nbytes <= room
+            self._there[device] = torch.from_numpy(self.fill().pixels).to(device) if fits else None
+        return self._there[device]

@@ -7,7 +7,7 @@ __all__ = ['TINY', 'MAX_SIDE', 'MAX_AREA', 'GROUP', 'check_size', 'EncoderConfig
            'tag_reading', 'patch_grid', 'resize_positions', 'by_length', 'Encoder']
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #74e614cf
-import copy, difflib, inspect, os
+import copy, difflib, inspect, os, re
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
@@ -238,22 +238,24 @@ GROUP = 16  # captions that go through the text tower together on a CPU
 
 
 def by_length(
-    encode,  # tokens `[b, L]` -> features `[b, D]`, each row independent of the others
-    tokens: torch.Tensor,  # int64 `[B, L]`, the end-of-text token the largest of each row
-) -> torch.Tensor:  # `[B, D]`
+    encode,  # (words `[b, L, D]`, end `[b]`) -> features `[b, D']`, each row independent of the others
+    words: torch.Tensor,  # `[B, L, D]`, a vector for each token
+    end: torch.Tensor,  # int64 `[B]`, the place of each end-of-text token
+) -> torch.Tensor:  # `[B, D']`
     "Encode captions of similar length together, each group cut at its longest caption."
-    end = tokens.argmax(-1)
     order = end.argsort(stable=True)
-    groups = [tokens[rows, : int(end[rows[-1]]) + 1] for rows in order.split(GROUP)]
-    return torch.cat([encode(group) for group in groups])[order.argsort()]
+    groups = order.split(GROUP)
+    longest = [max(end[rows].tolist()) + 1 for rows in groups]
+    features = [encode(words[rows, :n], end[rows]) for rows, n in zip(groups, longest)]
+    return torch.cat(features)[order.argsort()]
 
 
-def _short_text(clip, tokens):
+def _short_text(clip, words, end):
     "Features of captions by open_clip's text tower, cut at the number of tokens."
-    n = tokens.shape[1]
-    x = clip.token_embedding(tokens) + clip.positional_embedding[:n]
+    n = words.shape[1]
+    x = words + clip.positional_embedding[:n]
     x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:n, :n]))
-    x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]
+    x = x[torch.arange(len(x), device=x.device), end]
     p = clip.text_projection
     return p(x) if isinstance(p, nn.Linear) else x @ p
 
@@ -312,15 +314,49 @@ class Encoder(nn.Module):
             raise ValueError(f"{tokens.shape[1]} tokens, but the table has {self.context_length}")
         if not hasattr(self.clip, "transformer"):
             x = self.clip.encode_text(F.pad(tokens, (0, self.context_length - tokens.shape[1])))
-        elif tokens.device.type == "cpu" and len(tokens) > GROUP:
-            x = by_length(partial(_short_text, self.clip), tokens)
+            return F.normalize(at_least_float32(x), dim=-1)
+        words, end = self.clip.token_embedding(tokens), tokens.argmax(-1)
+        if tokens.device.type == "cpu" and len(tokens) > GROUP:
+            x = by_length(partial(_short_text, self.clip), words, end)
         else:
-            x = _short_text(self.clip, tokens)
+            x = _short_text(self.clip, words, end)
         return F.normalize(at_least_float32(x), dim=-1)
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple:  # unit rows of both
         "Both towers in one call, so that one call wraps the model for several processes."
         return self.encode_image(image), self.encode_text(tokens)
+
+# %% ../../nbs/20_encoder/00_towers.ipynb #a852a731
+_INPUT = ("conv1", "class_embedding", "positional_embedding", "token_embedding", "ln_pre")
+
+
+def _is_frozen(name, what):
+    "Whether a parameter belongs to one of (tower, number of its first blocks; None: all)."
+    tower = "image" if name.startswith("clip.visual.") else "text"
+    block = re.search(r"resblocks\.(\d+)\.", name)
+    first = any(part in name for part in _INPUT)
+    return any(
+        tower == t and (blocks is None or first or (block is not None and int(block[1]) < blocks))
+        for t, blocks in what
+    )
+
+
+@patch
+def freeze(
+    self: Encoder,
+    what: str = "",  # towers, or towers with a number of first blocks: "image", "text:6", "image:6,text"
+):
+    "Leave parts of the towers out of training. Raises UserError for another text, and if nothing is left."
+    parts = [
+        re.fullmatch(r"(image|text)(?::(\d+))?", part.strip()) for part in what.split(",") if part.strip()
+    ]
+    if not all(parts):
+        raise UserError(f"freeze takes image, text, or first blocks as image:6, with commas, got {what!r}")
+    frozen = [(m[1], int(m[2]) if m[2] else None) for m in parts]
+    for name, p in self.named_parameters():
+        p.requires_grad_(name != "clip.logit_scale" and not _is_frozen(name, frozen))
+    if not any(p.requires_grad for p in self.parameters()):
+        raise UserError(f"freeze={what!r} leaves nothing to train: leave a tower out")
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #286bc436
 @patch

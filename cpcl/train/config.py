@@ -38,6 +38,9 @@ class OptimConfig:
     deterministic: bool = (
         False  # on a GPU: the same bits every time, slower; a processor repeats itself anyway
     )
+    chunk: int = 0  # pairs of a process that go through the towers together; 0: all of a step
+    checkpointing: bool = False  # keep only each block's input for the way back, and compute it again
+    freeze: str = ""  # towers that are not trained, or their first blocks: "image", "text:6", "image:6,text"
 
     def __post_init__(self):
         for name in ("lr", "epochs", "batch_size", "bias_lr", "adam_eps", "clip_norm"):
@@ -52,6 +55,8 @@ class OptimConfig:
             raise UserError(f"optim.warmup must be in 0..epochs={self.epochs}, got {self.warmup}")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        if self.chunk < 0:
+            raise UserError(f"optim.chunk must be 0 (all at once) or more pairs, got {self.chunk}")
         if self.per not in ("step", "epoch"):
             raise UserError(f"optim.per must be step or epoch, got {self.per!r}")
         if self.precision not in ("auto", "fp32", "bf16", "fp64"):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOG_EVERY', 'PATIENCE', 'build_optimizer', 'set_learning_rate', 'Memories', 'build_memories', 'no_memories',
-           'encode_batch', 'as_loss', 'clip_gradients', 'NotFinite', 'SkippedSteps', 'train_epoch']
+           'encode_batch', 'as_loss', 'clip_gradients', 'take_step', 'NotFinite', 'StepSums', 'SkippedSteps',
+           'train_epoch']
 
 # %% ../../nbs/80_train/02_epoch.ipynb #286f24ea
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from ..core import UserError, progress
 from ..hcm import Batch, Loss, Prototypes, hcm_loss
 from ..pmm import PrototypeMemory
+from .chunks import InChunks
 from .config import MemoryConfig, OptimConfig, TrainConfig, loss_settings, rate_at
 from .history import StepMeans
 from .labels import Features, Labels
@@ -30,7 +32,7 @@ def build_optimizer(
         dict(params=[p for n, p in named if "bias" not in n], base=cfg.lr, weight_decay=cfg.weight_decay),
         dict(params=[p for n, p in named if "bias" in n], base=cfg.lr * cfg.bias_lr, weight_decay=0.0),
     ]
-    fused = all(p.device.type in ("cpu", "cuda") for _, p in named)  # one pass over memory
+    fused = all(p.device.type in ("cpu", "cuda") for _, p in named)  # one pass over memory, and skips there
     return torch.optim.Adam(groups, lr=cfg.lr, eps=cfg.adam_eps, fused=fused)
 
 
@@ -59,11 +61,12 @@ class Memories:
 
     def update(
         self,
-        batch: Batch,  # of the step that was taken
+        batch: Batch,  # of the step
+        taken=None,  # bool tensor `[]`: False leaves both as they are; None: True
     ):
         "Refresh both memories with the features of a step."
-        self.img.update(batch.img, batch.labels_img)
-        self.txt.update(batch.txt, batch.labels_txt)
+        self.img.update(batch.img, batch.labels_img, taken=taken)
+        self.txt.update(batch.txt, batch.labels_txt, taken=taken)
 
 
 def build_memories(
@@ -93,7 +96,7 @@ def no_memories(
 
 # %% ../../nbs/80_train/02_epoch.ipynb #65ffe272
 def encode_batch(
-    model,  # the encoder, prepared by accelerate
+    model,  # the encoder, prepared by accelerate, or `InChunks` of it
     share: dict,  # this process's share of a batch, from `pair_loader`
     memories: Memories,  # labels of this epoch
     size: int,  # B, pairs of the batch over all processes
@@ -102,9 +105,9 @@ def encode_batch(
     "Encode a share of the batch, gather the rest, and look up the labels."
     device = memories.labels_img.device
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        img, txt = model(share["image"].to(device), share["tokens"].to(device))
+        img, txt = model(*(share[name].to(device, non_blocking=True) for name in ("image", "tokens")))
     mine = (img, txt, share["image_row"], share["caption_row"])
-    img, txt, image_row, caption_row = (gather_rows(x.to(device), size) for x in mine)
+    img, txt, image_row, caption_row = (gather_rows(x.to(device, non_blocking=True), size) for x in mine)
     labels = memories.labels_img[image_row], memories.labels_txt[caption_row]
     return Batch(img, txt, image_row, caption_row, *labels)
 
@@ -127,6 +130,18 @@ def clip_gradients(
     return torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], longest)
 
 
+def take_step(
+    optimizer: torch.optim.Optimizer,  # from `build_optimizer`
+    taken: torch.Tensor,  # bool `[]` on the device: False leaves weights and moments as they are
+):
+    "Take the optimiser's step, or not, without reading the flag where the optimiser is fused."
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~taken).float()
+        optimizer.step()
+    elif taken:
+        optimizer.step()
+
+
 class NotFinite(UserError):
     "Several steps in a row had no finite loss and gradient; `steps` holds the rows of their batches."
 
@@ -138,7 +153,36 @@ class NotFinite(UserError):
         return type(self), (str(self), self.steps)
 
 # %% ../../nbs/80_train/02_epoch.ipynb #72e77b87
-LOG_EVERY = 10  # steps between points in TensorBoard
+class StepSums:
+    "Sums of the terms of an epoch's steps and the longest gradient, on the device until the epoch ends."
+
+    def __init__(self):
+        self.terms, self.longest = {}, torch.tensor(0.0)
+
+    def add(
+        self,
+        taken: torch.Tensor,  # bool `[]`: a step that was skipped does not count
+        terms: dict,  # of its loss
+        length: torch.Tensor,  # scalar, of its gradient
+    ):
+        "Add a step."
+        for name, term in terms.items():
+            term = torch.where(taken, torch.as_tensor(term).detach(), 0)
+            self.terms[name] = self.terms[name] + term if name in self.terms else term
+        self.longest = torch.maximum(self.longest.to(length), torch.where(taken, length, 0))
+
+    def means(
+        self,
+        lr: float,  # the last learning rate
+        steps: int,  # of the epoch
+        skipped: int,  # of them
+    ) -> StepMeans:
+        "The means over the steps taken, read from the device."
+        means = {name: float(total) / (steps - skipped) for name, total in self.terms.items()}
+        return StepMeans(means, lr, float(self.longest), skipped)
+
+
+LOG_EVERY = 10  # steps between two looks at the device, and between points in TensorBoard
 PATIENCE = 3  # steps in a row without a finite loss that stop a run
 
 
@@ -150,16 +194,31 @@ class SkippedSteps(list):
         steps: int,  # of the epoch: it may not skip all of them
     ):
         super().__init__()
-        self.steps = steps
+        self.steps, self.unread = steps, []
 
-    def add(
+    def note(
         self,
         step: int,  # of the run, 0-based
-        batch: Batch,  # that gave no finite loss and gradient
+        taken: torch.Tensor,  # bool `[]` on the device: whether loss and gradient were finite
+        batch: Batch,  # of the step
         terms: dict,  # of its loss
     ):
-        "Note a skipped step."
-        rows = dict(image_rows=batch.image_row.tolist(), caption_rows=batch.caption_row.tolist())
+        "Remember a step until the flags are read."
+        self.unread.append((step, taken, batch.image_row, batch.caption_row, terms))
+
+    def read(self):
+        "Read the flags of all steps since the last look. Raises NotFinite."
+        if not self.unread:
+            return
+        flags = torch.stack([taken for _, taken, *_ in self.unread]).tolist()
+        skipped = [unread for unread, taken in zip(self.unread, flags) if not taken]
+        self.unread.clear()
+        for step, _, *rest in skipped:
+            self._add(step, *rest)
+
+    def _add(self, step, image_row, caption_row, terms):
+        "Add a skipped step. Raises NotFinite when it is one too many."
+        rows = dict(image_rows=image_row.tolist(), caption_rows=caption_row.tolist())
         self.append(dict(step=step, **rows, **{name: str(float(term)) for name, term in terms.items()}))
         last = self[-PATIENCE:]
         in_a_row = len(last) == PATIENCE and last[0]["step"] == step - PATIENCE + 1
@@ -186,27 +245,29 @@ def train_epoch(
     "Walk once through the captions. Raises NotFinite."
     model.train()
     settings, captions, size = loss_settings(cfg, epoch), len(memories.labels_txt), cfg.optim.batch_size
-    steps, sums, longest = len(loader), {}, 0.0
-    skipped = SkippedSteps(steps)
+    steps = len(loader)
+    sums, skipped = StepSums(), SkippedSteps(steps)
+    chunks = InChunks(model, cfg.optim.chunk, accelerator) if cfg.optim.chunk else None
     for i, share in enumerate(progress(loader, f"epoch {epoch + 1}", unit="step")):
         step = epoch * steps + i
         factor = rate_at(cfg.optim, epoch, i, steps)
         set_learning_rate(optimizer, factor)
-        batch = encode_batch(model, share, memories, min(size, captions - i * size), bf16)
+        batch = encode_batch(chunks or model, share, memories, min(size, captions - i * size), bf16)
         total, terms = as_loss(loss(batch, memories.protos, settings))
         optimizer.zero_grad()
         accelerator.backward(total)
+        if chunks:
+            chunks.backward()
         length = clip_gradients(optimizer, cfg.optim.clip_norm)
-        if not torch.isfinite(total.detach() + length):
-            skipped.add(step, batch, terms)
-            continue
-        optimizer.step()
-        memories.update(batch)
-        longest = max(longest, float(length))
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term  # tensors: reading a number would make a GPU wait
-        if write and step % LOG_EVERY == 0:
-            now = {name: float(term) for name, term in terms.items()}
-            write(step, now | {"lr": factor * cfg.optim.lr, "gradient": float(length)})
-    means = {name: float(term) / (steps - len(skipped)) for name, term in sums.items()}
-    return StepMeans(means, factor * cfg.optim.lr, longest, len(skipped))
+        taken = torch.isfinite(total.detach() + length)
+        take_step(optimizer, taken)
+        memories.update(batch, taken)
+        sums.add(taken, terms, length)
+        skipped.note(step, taken, batch, terms)
+        if step % LOG_EVERY == 0:
+            skipped.read()
+            if write and step not in [bad["step"] for bad in skipped]:
+                now = {name: float(term) for name, term in terms.items()}
+                write(step, now | {"lr": factor * cfg.optim.lr, "gradient": float(length)})
+    skipped.read()
+    return sums.means(factor * cfg.optim.lr, steps, len(skipped))

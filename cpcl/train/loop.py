@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from .. import _idle_threads
 from ..core import Stopwatch, UserError, seed_everything
 from ..data.images import PixelCache
 from ..data.batches import pair_loader
@@ -39,7 +40,7 @@ from cpcl.train.labels import (
     label_report,
     true_labels,
 )
-from .processes import once, share, shared_features, start_processes
+from .processes import once, prepare_encoder, share, shared_features, start_processes
 from .start import data_facts, held_run, start_run, weights_of
 
 # %% ../../nbs/80_train/03_loop.ipynb #72028035
@@ -65,11 +66,13 @@ def fit(
     device, first = accelerator.device, accelerator.is_main_process
     seed_everything(cfg.seed)
     run, log = user_path(run), log if first else _silent
+    if late := _idle_threads.say_once():
+        log(late)
     loss, labels, encoder = load_function(loss), load_function(labels), load_encoder(cfg.encoder, log)
     with held_run(run, train.root):
         once(lambda: _open(run, cfg, data or data_facts(train), resume, hooks))
         encoder, optimizer, history = _restore(cfg, encoder, run, resume, device, log)
-        model, writer = accelerator.prepare_model(encoder), _TensorBoard(run) if first else None
+        model, writer = prepare_encoder(accelerator, encoder), _TensorBoard(run) if first else None
         pixels = _pixels(cache, train, encoder)
         for epoch in range(len(history), cfg.optim.epochs):
             watch, report, judged = Stopwatch(), None, {}
@@ -191,6 +194,8 @@ def _earlier(path):
 def _restore(cfg, encoder, run, resume, device, log):
     "Encoder, optimiser and history as the run starts, or as it was left."
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
+    encoder.freeze(cfg.optim.freeze)
+    encoder.clip.set_grad_checkpointing(cfg.optim.checkpointing)
     optimizer = build_optimizer(encoder, cfg.optim)
     found = once(lambda: newest_state(run, log) if resume else None)
     if found is None:
@@ -251,6 +256,7 @@ def _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator):
         groups=memories.labels_img.cpu().numpy()[train.image_of],
         captions_per_cluster=cfg.labels.captions_per_cluster,
         resize=encoder.resize,
+        device=accelerator.device,
         **share(accelerator),
     )
 
