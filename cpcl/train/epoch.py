@@ -193,7 +193,7 @@ class StepSums:
         means = {name: float(total) / (steps - skipped) for name, total in self.terms.items()}
         return StepMeans(means, lr, float(self.longest), skipped)
 
-
+# %% ../../nbs/80_train/02_epoch.ipynb #d5d821d0
 LOG_EVERY = 10  # steps between two looks at the device, and between points in TensorBoard
 PATIENCE = 3  # steps in a row without a finite loss that stop a run
 
