@@ -265,9 +265,13 @@ def _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator):
 
 
 def _row(history, steps, report, judged, val, watch):
-    "The row of an epoch, with the best epoch so far by val mAP. The last one where there is no validation."
+    "The row of an epoch."
     seconds = {stage: round(s, 3) for stage, s in watch.seconds.items()}
-    row = EpochRow(len(history), steps, report, judged, val, seconds)
+    return _with_best(EpochRow(len(history), steps, report, judged, val, seconds), history)
+
+
+def _with_best(row, history):
+    "A row with the best epoch so far by val mAP. The last one where there is no validation."
     if row.val and history:
         best = history[history[-1].best_epoch]
         if row.val["val_mAP"] <= best.val["val_mAP"]:
