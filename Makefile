@@ -60,8 +60,10 @@ docs: install ## the documentation site, from the notebooks as they are committe
 
 reliability: install ## run every test of the reliability table, the slow ones too, and rewrite its records
 	-$(BIN)/python -m pip install -q --only-binary :all: atheris
-	rm -f nbs/benchmarks/records/reliability.json
-	CPCL_RECORD=$(CURDIR)/nbs/benchmarks/records/reliability.json $(BIN)/python -m pytest -m "not gpu" $(RELIABLE)
+	mkdir -p runs
+	rm -f runs/reliability.json
+	CPCL_RECORD=$(CURDIR)/runs/reliability.json $(BIN)/python -m pytest -m "not gpu" $(RELIABLE)
+	mv runs/reliability.json nbs/benchmarks/records/
 	$(NB) nbs/benchmarks/reliability.ipynb
 
 gpu: install ## the tests that need a GPU, and training timed on it (on the processor without one)
