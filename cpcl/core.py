@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTIAL', 'UserError', 'seed_everything', 'keyed_rng', 'unit', 'at_least_float32', 'check_features', 'check_labels',
-           'default_device', 'forked', 'progress', 'Stopwatch', 'peak_memory', 'atomic_path', 'remove_partial_files',
-           'is_checkout', 'repo_root', 'need']
+           'default_device', 'choose_device', 'forked', 'progress', 'Stopwatch', 'peak_memory', 'atomic_path',
+           'remove_partial_files', 'is_checkout', 'repo_root', 'need']
 
 # %% ../nbs/01_core.ipynb #4313895d
 import contextlib, errno, importlib, os, random, re, shutil, sys, tempfile, time
@@ -107,6 +107,20 @@ def default_device() -> torch.device:  # cuda, mps or cpu
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_device(
+    name: str = "",  # "cuda", "cuda:1", "mps" or "cpu"; empty: `default_device`
+) -> torch.device:
+    "A device by its name. Raises UserError if there is none of that name here."
+    if not name:
+        return default_device()
+    kinds = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    kind, _, number = name.partition(":")
+    if kind not in kinds or (number and not number.isdigit()) or int(number or 0) >= kinds[kind]:
+        there = ", ".join(f"{k}:{i}" if n > 1 else k for k, n in kinds.items() for i in range(n))
+        raise UserError(f"no device {name!r} here, there is: {there}")
+    return torch.device(name)
 
 # %% ../nbs/01_core.ipynb #4246ab31
 class _Fork:

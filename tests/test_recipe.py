@@ -235,13 +235,15 @@ def test_the_groups_of_adam():
     model = Encoder("tiny")
     optimizer = build_optimizer(model, config)
     assert type(optimizer) is torch.optim.Adam
-    weights, biases = optimizer.param_groups
+    weights, biases, tables = optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert {"bias" in names[id(p)] for p in weights["params"]} == {False}
     assert {"bias" in names[id(p)] for p in biases["params"]} == {True}
-    both = [*weights["params"], *biases["params"]]
-    assert {id(p) for p in both} == {id(p) for p in model.parameters() if p.requires_grad}
-    for group, lr, decay in ((weights, 1e-5, 4e-5), (biases, 2e-5, 0)):
+    found = {names[id(p)].removeprefix("clip.") for p in tables["params"]}
+    assert found == {"token_embedding.weight", "positional_embedding", "visual.positional_embedding"}
+    every = [*weights["params"], *biases["params"], *tables["params"]]
+    assert {id(p) for p in every} == {id(p) for p in model.parameters() if p.requires_grad}
+    for group, lr, decay in ((weights, 1e-5, 4e-5), (biases, 2e-5, 0), (tables, 1e-5, 0)):
         assert (group["base"], group["weight_decay"]) == (lr, decay)
         assert (group["eps"], group["betas"], group["amsgrad"]) == (1e-3, (0.9, 0.999), False)
 

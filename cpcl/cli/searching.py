@@ -30,6 +30,7 @@ class Index:
     workers: Annotated[int, Range(1)] = 2  # threads that decode
     # milvus:URI keeps rows and vectors on a server, e.g. milvus:http://localhost:19530; empty: files in --out
     store: str = ""
+    device: str = ""  # that encodes: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
 
     def run(self) -> int:  # exit status
         "Build it and say what to do next."
@@ -44,6 +45,7 @@ class Index:
             self.batch_size,
             self.workers,
             store=self.store,
+            device=self.device,
         )
         from cpcl.files import printable
 
@@ -96,6 +98,7 @@ class Search:
     without: str = ""  # what the image should not show, e.g. "a hat"
     encoder: Annotated[str, tyro.conf.arg(name="run")] = ""  # where the run is now, if it was moved
     folder: str = ""  # where the images are now, if they were moved
+    device: str = ""  # that encodes: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
     json: bool = False  # print a JSON list of objects with rank, score, path and columns
 
     def run(self) -> int:  # exit status
@@ -105,7 +108,7 @@ class Search:
         from cpcl.search import Index
         from cpcl.search.gallery import moved_note
 
-        index = Index.open(self.index, self.encoder or None, self.folder or None)
+        index = Index.open(self.index, self.encoder or None, self.folder or None, self.device)
         filters = _filters(flat(self.where), lambda c, text: c in index.columns and index.has_value(c, text))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the notes say more
@@ -132,11 +135,13 @@ class App:
     port: Annotated[int, Range(0, 2**16 - 1)] = 7860  # of the page; 0: a free one
     encoder: Annotated[str, tyro.conf.arg(name="run")] = ""  # where the run is now, if it was moved
     folder: str = ""  # where the images are now, if they were moved
+    device: str = ""  # that encodes: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
 
     def run(self) -> int:  # exit status
         "Serve until Ctrl-C."
         check_ranges(self)
         from cpcl.search import Index, serve
 
-        serve(Index.open(self.index, self.encoder or None, self.folder or None), self.host, self.port)
+        index = Index.open(self.index, self.encoder or None, self.folder or None, self.device)
+        serve(index, self.host, self.port)
         return 0

@@ -7,6 +7,7 @@ __all__ = ['DataName', 'PresetName', 'flag_settings', 'free_folder', 'result_tab
 
 # %% ../../nbs/cli/01_training.ipynb #b88e3c7e
 import sys
+from functools import partial
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -186,6 +187,7 @@ class Eval:
     split: Literal["train", "val", "test"] = "test"  # which part of it
     which: Literal["last", "best"] = "last"  # the encoder of which epoch
     rerank: bool = False  # add a row with k-reciprocal re-ranking
+    device: str = ""  # that encodes: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
     json: bool = False  # print JSON instead of a table
 
     def run(self) -> int:  # exit status
@@ -207,9 +209,10 @@ class Eval:
 @patch
 def _check(self: Eval):
     "Raises UserError unless the flags ask for a run, or for weights."
-    from cpcl.core import UserError
+    from cpcl.core import UserError, choose_device
 
     check_ranges(self)
+    choose_device(self.device)
     weights = [f"--{n}" for n in ("model", "height", "width") if getattr(self, n) != getattr(Eval, n)]
     if self.run_folder and (self.pretrained or weights):
         flag = "--pretrained" if self.pretrained else weights[0]
@@ -265,7 +268,6 @@ def _facts(self: Eval, split, person, data):
 @patch
 def _load(self: Eval):
     "The encoder to score. What is special about its weights goes to stderr, beside the numbers."
-    from functools import partial
     from cpcl.encoder import load_encoder
     from cpcl.train import load_run
 
@@ -278,11 +280,12 @@ def _load(self: Eval):
 def _scores(self: Eval, split, person):
     "Yield (name, a result per query, the person of each query)."
     import numpy as np
-    from cpcl.core import default_device
     from cpcl.encoder import features
+    from cpcl.encoder.reading import for_reading
     from cpcl.eval import evaluate, rerank, score_matrix
 
-    img, txt = features(self._load().to(default_device()), split)
+    say = partial(print, file=sys.stderr)
+    img, txt = features(for_reading(self._load(), self.device, images=len(split.images), log=say), split)
     person = np.arange(len(img)) if person is None else person
     asked = person[split.image_of]
     yield "text to image", evaluate(img, txt, split.image_of, person), asked

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..core import UserError, progress
@@ -270,9 +271,6 @@ def to_tensors(
     return torch.mul(pixels.permute(0, 3, 1, 2), scale, out=out).sub_(shift)
 
 # %% ../../nbs/10_data/02_images.ipynb #5115e10d
-DEVICE_SHARE = 1 / 3  # of a GPU's free memory that pixels may take
-
-
 class PixelCache:
     "The images of a split as uint8 `[N, H, W, 3]`, resized, each decoded at most once."
 
@@ -325,16 +323,21 @@ class PixelCache:
             pool.shutdown(cancel_futures=True)  # an unreadable image or Ctrl-C stops at once
         return self
 
-    def on(
-        self,
-        device,  # where the steps run
-    ) -> torch.Tensor | None:  # uint8 `[N, H, W, 3]`
-        "All pixels on a GPU. None if it has no room for them, for a CPU, and if nothing is kept."
-        device = torch.device(device)
-        if not self.cached or device.type != "cuda":
-            return None
-        if device not in self._there:
-            room = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
-            fits = self.pixels.nbytes <= room
-            self._there[device] = torch.from_numpy(self.fill().pixels).to(device) if fits else None
-        return self._there[device]
+# %% ../../nbs/10_data/02_images.ipynb #2d978ab8
+DEVICE_SHARE = 1 / 3  # of a GPU's free memory that pixels may take
+
+
+@patch
+def on(
+    self: PixelCache,
+    device,  # where the steps run
+) -> torch.Tensor | None:  # uint8 `[N, H, W, 3]`
+    "All pixels on a GPU. None if it has no room for them, for a CPU, and if nothing is kept."
+    device = torch.device(device)
+    if not self.cached or device.type != "cuda":
+        return None
+    if device not in self._there:
+        room = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+        fits = self.pixels.nbytes <= room
+        self._there[device] = torch.from_numpy(self.fill().pixels).to(device) if fits else None
+    return self._there[device]

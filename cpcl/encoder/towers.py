@@ -7,7 +7,7 @@ __all__ = ['TINY', 'MAX_SIDE', 'MAX_AREA', 'GROUP', 'check_size', 'EncoderConfig
            'tag_reading', 'patch_grid', 'resize_positions', 'by_length', 'Encoder']
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #74e614cf
-import copy, difflib, inspect, os, re
+import copy, difflib, inspect, os
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
@@ -259,6 +259,14 @@ def _short_text(clip, words, end):
     p = clip.text_projection
     return p(x) if isinstance(p, nn.Linear) else x @ p
 
+
+def _text_features(clip, tokens):
+    "Features of captions, on a CPU in groups of similar length."
+    words, end = clip.token_embedding(tokens), tokens.argmax(-1)
+    if tokens.device.type == "cpu" and len(tokens) > GROUP:
+        return by_length(partial(_short_text, clip), words, end)
+    return _short_text(clip, words, end)
+
 # %% ../../nbs/20_encoder/00_towers.ipynb #4b823212
 def _recolouring(reading):
     "Factor and summand per colour from CLIP's normalisation to that of a reading; None where they are equal."
@@ -312,51 +320,15 @@ class Encoder(nn.Module):
         "Features of captions at their end-of-text token. Raises ValueError if L is too large."
         if tokens.shape[1] > self.context_length:
             raise ValueError(f"{tokens.shape[1]} tokens, but the table has {self.context_length}")
-        if not hasattr(self.clip, "transformer"):
-            x = self.clip.encode_text(F.pad(tokens, (0, self.context_length - tokens.shape[1])))
-            return F.normalize(at_least_float32(x), dim=-1)
-        words, end = self.clip.token_embedding(tokens), tokens.argmax(-1)
-        if tokens.device.type == "cpu" and len(tokens) > GROUP:
-            x = by_length(partial(_short_text, self.clip), words, end)
+        if hasattr(self.clip, "transformer"):
+            x = _text_features(self.clip, tokens)
         else:
-            x = _short_text(self.clip, words, end)
+            x = self.clip.encode_text(F.pad(tokens, (0, self.context_length - tokens.shape[1])))
         return F.normalize(at_least_float32(x), dim=-1)
 
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple:  # unit rows of both
         "Both towers in one call, so that one call wraps the model for several processes."
         return self.encode_image(image), self.encode_text(tokens)
-
-# %% ../../nbs/20_encoder/00_towers.ipynb #a852a731
-_INPUT = ("conv1", "class_embedding", "positional_embedding", "token_embedding", "ln_pre")
-
-
-def _is_frozen(name, what):
-    "Whether a parameter belongs to one of (tower, number of its first blocks; None: all)."
-    tower = "image" if name.startswith("clip.visual.") else "text"
-    block = re.search(r"resblocks\.(\d+)\.", name)
-    first = any(part in name for part in _INPUT)
-    return any(
-        tower == t and (blocks is None or first or (block is not None and int(block[1]) < blocks))
-        for t, blocks in what
-    )
-
-
-@patch
-def freeze(
-    self: Encoder,
-    what: str = "",  # towers, or towers with a number of first blocks: "image", "text:6", "image:6,text"
-):
-    "Leave parts of the towers out of training. Raises UserError for another text, and if nothing is left."
-    parts = [
-        re.fullmatch(r"(image|text)(?::(\d+))?", part.strip()) for part in what.split(",") if part.strip()
-    ]
-    if not all(parts):
-        raise UserError(f"freeze takes image, text, or first blocks as image:6, with commas, got {what!r}")
-    frozen = [(m[1], int(m[2]) if m[2] else None) for m in parts]
-    for name, p in self.named_parameters():
-        p.requires_grad_(name != "clip.logit_scale" and not _is_frozen(name, frozen))
-    if not any(p.requires_grad for p in self.parameters()):
-        raise UserError(f"freeze={what!r} leaves nothing to train: leave a tower out")
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #286bc436
 @patch

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import UserError, progress
+from ..core import UserError, choose_device, progress
+from ..encoder.reading import for_reading
 from ..data import Split
 from ..data.images import pixels_of, to_tensor
 from ..files import check_folder, claimed, digest, mask_secrets, printable, user_path
@@ -257,14 +258,15 @@ def _write(store, out, old, manifest, changed):
     return store.write(out, replace(manifest, written=now))
 
 # %% ../../nbs/search/05_build.ipynb #25b74894
-def _build(job, batch_size, workers, log):
+def _build(job, batch_size, workers, device, log):
     "Encode, write and report. Returns the manifest, the store, and the encoder if it was loaded."
-    load = cache(lambda: load_run(job.run))
     start, found = _extend_or_start(job), job.found
     old, store, same = start.old, start.store, start.same
+    todo = ~same & ~start.torn
+    load = cache(lambda: for_reading(load_run(job.run), device, images=int(todo.sum()), log=log))
     if old and old.folder != str(job.folder):
         log(f"the images moved from {printable(old.folder)}: {same.sum():,} vectors are used again")
-    done = _encode(store, found, ~same & ~start.torn, job.folder, load, batch_size, workers)
+    done = _encode(store, found, todo, job.folder, load, batch_size, workers)
     held = same | done
     rows = found[held].reset_index(drop=True)
     if not len(rows):
@@ -306,6 +308,7 @@ def build_index(
     workers: int = 2,  # threads that decode
     exact_rows: int = EXACT_ROWS,  # rows up to which every row is compared
     store: str = "",  # "milvus:URI" to keep rows and vectors on a server; files in `out` if empty
+    device: str = "",  # that encodes: "cuda", "cuda:1", "mps" or "cpu"; empty: the fastest of this machine
     log=print,  # receives a line about what was done, and one about what was left out
 ) -> tuple:  # the `Manifest`, the store, the encoder (None if nothing had to be encoded)
     """Encode what is new or changed, drop what is gone.
@@ -313,6 +316,7 @@ def build_index(
     Raises UserError if nothing can be read, or if `out` holds something that is no index."""
     if min(batch_size, workers) < 1:
         raise UserError(f"batch_size and workers must be 1 or more, got {batch_size} and {workers}")
+    choose_device(device)  # refused before anything is read
     address, run = _address(store), _real(run)
     images, folder = folder, _real(folder.root if isinstance(folder, Split) else folder)
     check_folder(out, "index", is_index, (folder, run))
@@ -323,4 +327,4 @@ def build_index(
         if left.line():
             log(left.line())
         job = _Job(found, folder, run, out, weights, address, exact_rows)
-        return _build(job, batch_size, workers, log)
+        return _build(job, batch_size, workers, device, log)

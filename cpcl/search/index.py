@@ -15,7 +15,8 @@ from fastcore.basics import patch, patch_to
 from fastcore.meta import delegates
 from PIL import Image
 
-from ..core import UserError, unit
+from ..core import UserError, choose_device, unit
+from ..encoder.reading import for_reading
 from ..data.tokens import has_control_words, unseen_text
 from ..files import digest, is_unicode, short, user_path
 from .build import build_index, open_store
@@ -34,8 +35,9 @@ class Index:
         manifest: Manifest,  # what the index says about itself
         store,  # a `LocalStore` or `MilvusStore`
         encoder=None,  # an `Encoder` in eval mode; loaded from the manifest's run when it is first needed
+        device: str = "",  # that encodes queries: "cuda", "mps" or "cpu"; empty: the fastest of this machine
     ):
-        self.manifest, self.store, self._encoder = manifest, store, encoder
+        self.manifest, self.store, self._encoder, self.device = manifest, store, encoder, device
 
     def __len__(self):
         return len(self.store)
@@ -73,7 +75,7 @@ class Index:
                 ) from None
             if digest(weights) != self.manifest.weights:
                 raise UserError(f"{weights} holds other weights than the index: build the index again")
-            encoder = load_run(self.manifest.run)
+            encoder = for_reading(load_run(self.manifest.run), self.device)
             if encoder.width != self.manifest.width:
                 raise UserError(f"{weights} makes other vectors than the index holds: build the index again")
             self._encoder = encoder
@@ -86,8 +88,10 @@ def open(
     index,  # folder where `build` wrote
     run=None,  # where the run is now, if it was moved
     folder=None,  # where the images are now, if they were moved
+    device: str = "",  # that encodes queries: "cuda", "mps" or "cpu"; empty: the fastest of this machine
 ) -> Index:
     "Open an index. Raises UserError if it is damaged, its server does not answer, or `folder` is no folder."
+    choose_device(device)
     manifest, store = open_store(index)
     if run:
         manifest = replace(manifest, run=str(user_path(run).resolve()))
@@ -96,7 +100,7 @@ def open(
         if not place.is_dir():
             raise UserError(f"{place} is not a folder: give the place where the images are now")
         manifest = replace(manifest, folder=str(place))
-    return cls(manifest, store)
+    return cls(manifest, store, device=device)
 
 
 @patch_to(Index, cls_method=True)

@@ -27,7 +27,7 @@ class OptimConfig:
     epochs: int = 60  # passes over the captions
     batch_size: int = 64  # pairs a step, over all processes together
     warmup: float = 5  # epochs from a tenth of the peak to the peak
-    weight_decay: float = 4e-5  # on everything but biases
+    weight_decay: float = 4e-5  # on everything but biases and the tables of words and positions
     bias_lr: float = 2.0  # biases learn at this many times lr
     per: Literal["step", "epoch"] = "step"  # how often the learning rate changes
     adam_eps: float = 1e-8  # added to the root mean square of a gradient

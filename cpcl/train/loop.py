@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from .. import _idle_threads
 from ..core import Stopwatch, UserError, seed_everything
 from ..data.images import PixelCache
 from ..data.batches import pair_loader
 from ..data.read import Split
+from ..encoder.frozen import freeze
 from ..encoder.weights import load_encoder, read_header, save_encoder
 from ..files import expect, read_json, user_path, write_json
 from ..hcm import hcm_loss
@@ -63,11 +63,9 @@ def fit(
     hooks = hook_names(cfg, loss, labels)
     check_rows(cfg.labels, len(train.images), len(train.captions))
     accelerator, bf16 = start_processes(cfg.optim.precision, cfg.optim.deterministic, log)
-    device, first = accelerator.device, accelerator.is_main_process
+    first = accelerator.is_main_process
     seed_everything(cfg.seed)
-    run, log = user_path(run), log if first else _silent
-    if late := _idle_threads.say_once():
-        log(late)
+    run, log, device = user_path(run), log if first else _silent, accelerator.device
     loss, labels, encoder = load_function(loss), load_function(labels), load_encoder(cfg.encoder, log)
     with held_run(run, train.root):
         once(lambda: _open(run, cfg, data or data_facts(train), resume, hooks))
@@ -79,9 +77,7 @@ def fit(
             memories = no_memories(len(train.images), len(train.captions), encoder.width, device)
             if cfg.labels.source != "none":
                 with watch("features"):
-                    img, txt = shared_features(encoder, train, cache=pixels, workers=workers)
-                    features = Features(img, txt, train.image_of, device)
-                    _check_finite(features, train)
+                    features = _features(encoder, train, pixels, workers, device)
                 with watch("labels"):
                     found = once(lambda: _label(labels, features, cfg, truth, log))
                     report, judged = once(lambda: _judge(found, features, cfg, quality, run, history, log))
@@ -93,8 +89,7 @@ def fit(
                 )
             with watch("val"):
                 val = validate(encoder) if validate else {}
-            seconds = {stage: round(s, 3) for stage, s in watch.seconds.items()}
-            history.append(_with_best(EpochRow(epoch, steps, report, judged, val, seconds), history))
+            history.append(_row(history, steps, report, judged, val, watch))
             once(lambda: _save_epoch(run, encoder, optimizer, history, writer))
             log(epoch_line(history[-1], cfg.optim.epochs))
         return history
@@ -150,6 +145,14 @@ def _alarm(cfg, features, run, reports, log):
             f"what another labels.{setting}.eps would give"
         )
 
+# %% ../../nbs/80_train/03_loop.ipynb #5a7913c2
+def _features(encoder, train, pixels, workers, device):
+    "Features of all images and captions, in every process. Raises UserError if one is not finite."
+    img, txt = shared_features(encoder, train, cache=pixels, workers=workers)
+    features = Features(img, txt, train.image_of, device)
+    _check_finite(features, train)
+    return features
+
 
 def _check_finite(features, train):
     "Features that hold NaN or infinity come from damaged weights. Raises UserError."
@@ -194,7 +197,7 @@ def _earlier(path):
 def _restore(cfg, encoder, run, resume, device, log):
     "Encoder, optimiser and history as the run starts, or as it was left."
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
-    encoder.freeze(cfg.optim.freeze)
+    freeze(encoder, cfg.optim.freeze)
     encoder.clip.set_grad_checkpointing(cfg.optim.checkpointing)
     optimizer = build_optimizer(encoder, cfg.optim)
     found = once(lambda: newest_state(run, log) if resume else None)
@@ -261,8 +264,14 @@ def _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator):
     )
 
 
+def _row(history, steps, report, judged, val, watch):
+    "The row of an epoch."
+    seconds = {stage: round(s, 3) for stage, s in watch.seconds.items()}
+    return _with_best(EpochRow(len(history), steps, report, judged, val, seconds), history)
+
+
 def _with_best(row, history):
-    "The row of an epoch, with the best epoch so far by val mAP. The last one where there is no validation."
+    "A row with the best epoch so far by val mAP. The last one where there is no validation."
     if row.val and history:
         best = history[history[-1].best_epoch]
         if row.val["val_mAP"] <= best.val["val_mAP"]:

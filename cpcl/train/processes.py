@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from .. import _idle_threads
 from ..core import UserError
 from ..encoder.extract import features
 
@@ -170,4 +171,6 @@ def start_processes(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+    if log and (late := _idle_threads.say_once()):
+        log(late)
     return _accelerator(log), precision == "bf16" or (precision == "auto" and able)
