@@ -11,7 +11,7 @@ RELIABLE := tests/test_kill.py tests/test_processes.py tests/test_bad_input.py t
 ALONE := tests/test_folders.py tests/test_kill.py tests/test_lab.py tests/test_loaders.py tests/test_machine_code.py \
   tests/test_page.py tests/test_privacy.py tests/test_processes.py
 
-.PHONY: install demo test test-all export readme lab docs reliability gpu bench help
+.PHONY: install demo test test-all export readme lab docs reliability bench help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -65,10 +65,6 @@ reliability: install ## run every test of the reliability table, the slow ones t
 	CPCL_RECORD=$(CURDIR)/runs/reliability.json $(BIN)/python -m pytest -m "not gpu" $(RELIABLE)
 	mv runs/reliability.json nbs/benchmarks/records/
 	$(NB) nbs/benchmarks/reliability.ipynb
-
-gpu: install ## the tests that need a GPU, and training timed on it (on the processor without one)
-	rm -f nbs/benchmarks/records/training-$(shell $(BIN)/python -c "import torch; print('gpu' if torch.cuda.is_available() else 'cpu')").json
-	CPCL_RUN=1 $(NB) nbs/benchmarks/training.ipynb
 
 bench: install ## run the benchmark notebooks and rewrite their records
 	CPCL_RUN=1 $(NB) nbs/benchmarks/*.ipynb
