@@ -1,6 +1,6 @@
 """How long idle threads of OpenMP look for work before they sleep, decided before torch starts them.
 
-By default libgomp's threads spin for milliseconds between two loops. Alone on a machine that saves a wake-up;
+By default libgomp's threads spin between two loops. Alone on a machine that saves a wake-up;
 beside another process it takes the processor away from whoever has work. libgomp reads its environment when
 it is loaded, with torch, so `import cpcl` sets it first.
 """

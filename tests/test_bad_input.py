@@ -896,6 +896,7 @@ BAD = {
             ("no config.json", "run"),
             at("run/config.json", gone),
         ),
+        Case("a device", "eval {run} --root {set} --device tpu", ("tpu", "there is: cpu")),
         Case("a file", "eval {set}/reid_raw.json --root {set}", ("reid_raw.json", "not a run folder")),
         Case(
             "a folder that does not exist", "eval {tmp}/nowhere --root {set}", ("nowhere", "not a run folder")

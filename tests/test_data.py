@@ -11,7 +11,7 @@ from PIL import Image
 
 from cpcl.core import UserError
 from cpcl.data.augment import AugmentConfig, augment
-from cpcl.data.batches import collate, image_loader, pair_loader
+from cpcl.data.batches import ImagesOn, PairsOn, collate, image_loader, pair_loader
 from cpcl.data.doctor import doctor
 from cpcl.data.images import IMAGE_SUFFIXES, PixelCache, pixels_of, read_image
 from cpcl.data.parse import ANNOTATIONS, SPLIT_NAMES
@@ -549,3 +549,17 @@ def test_the_bench_set_is_frozen():
     assert BENCH == dict(people=1000, seed=1000, style="town", splits=(700, 100, 200), shots=(3, 5))
     found = checksum(SynthWorld(1000, 1000, "town", (3, 5)))
     assert found == "084cc1b9b064fb461ce6ea3288390f6a845b08328994d449aa8e0c1432acadb3"
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_batches_of_a_loader(split):
+    "Where it holds the pixels: the same bits, augmented and masked with the same keys."
+    cache = PixelCache(split, (24, 10)).fill()
+    how = dict(augment=AugmentConfig(mask=0.2, erase_value="mean"), seed=1, epoch=2, cache=cache)
+    made, loaded = (pair_loader(split, (24, 10), 6, device=d, **how) for d in ("cuda", "cpu"))
+    assert isinstance(made, PairsOn) and isinstance(
+        image_loader(split, (24, 10), 5, cache=cache, device="cuda"), ImagesOn
+    )
+    for there, here in zip(made, loaded, strict=True):
+        assert {value.device.type for value in there.values()} == {"cuda"}
+        assert all(torch.equal(there[name].cpu(), here[name]) for name in here)

@@ -7,7 +7,6 @@ __all__ = ['DataName', 'PresetName', 'flag_settings', 'free_folder', 'result_tab
 
 # %% ../../nbs/cli/01_training.ipynb #b88e3c7e
 import sys
-from functools import partial
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -268,6 +267,7 @@ def _facts(self: Eval, split, person, data):
 @patch
 def _load(self: Eval):
     "The encoder to score. What is special about its weights goes to stderr, beside the numbers."
+    from functools import partial
     from cpcl.encoder import load_encoder
     from cpcl.train import load_run
 
@@ -280,12 +280,11 @@ def _load(self: Eval):
 def _scores(self: Eval, split, person):
     "Yield (name, a result per query, the person of each query)."
     import numpy as np
+    from cpcl.core import choose_device
     from cpcl.encoder import features
-    from cpcl.encoder.reading import for_reading
     from cpcl.eval import evaluate, rerank, score_matrix
 
-    say = partial(print, file=sys.stderr)
-    img, txt = features(for_reading(self._load(), self.device, images=len(split.images), log=say), split)
+    img, txt = features(self._load().to(choose_device(self.device)), split)
     person = np.arange(len(img)) if person is None else person
     asked = person[split.image_of]
     yield "text to image", evaluate(img, txt, split.image_of, person), asked

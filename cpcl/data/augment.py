@@ -74,9 +74,7 @@ def draw_changes(
     size: tuple,  # (H, W)
     cfg: AugmentConfig,  # how much
     rng: np.random.Generator,  # from `keyed_rng(seed, epoch, row)`
-) -> (
-    tuple
-):  # 7 integers: mirrored 0 or 1, shift down and right, top, left, height and width of what is erased
+) -> tuple:  # mirrored (0 or 1), shift down, right, and of what is erased top, left, height, width
     "What happens to one image (ICPG, IRRA)."
     h, w = size
     p = int(cfg.pad * h / 384 + 0.5)

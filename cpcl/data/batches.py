@@ -261,7 +261,7 @@ def image_loader(
     data, rows = ImageRows(split, size, cache, resize), torch.arange(len(split.images))[rank::world]
     _check_batch_size(batch_size)
     if (pixels := data.cache.on(device)) is not None:
-        return ImagesOn(pixels, rows.split(batch_size))
+        return ImagesOn(pixels, rows.split(batch_size) if len(rows) else ())
     return _encoding_loader(data, batch_size, workers, rows)
 
 

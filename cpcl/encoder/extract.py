@@ -57,8 +57,7 @@ def features(
     "Encode every image and every caption of a split, in eval mode and without augmentation."
     weight = encoder.clip.logit_scale
     dtype, share = torch.promote_types(weight.dtype, torch.float32), dict(rank=rank, world=world)
-    options = dict(batch_size=batch_size, workers=workers, cache=cache)
-    options["device"] = weight.device
+    options = dict(batch_size=batch_size, workers=workers, cache=cache, device=weight.device)
     images = image_loader(split, encoder.image_size, resize=encoder.resize, **options, **share)
     length = encoder.context_length
     captions = caption_loader(split, batch_size=2 * batch_size, context_length=length, **share)

@@ -16,7 +16,6 @@ from fastcore.meta import delegates
 from PIL import Image
 
 from ..core import UserError, choose_device, unit
-from ..encoder.reading import for_reading
 from ..data.tokens import has_control_words, unseen_text
 from ..files import digest, is_unicode, short, user_path
 from .build import build_index, open_store
@@ -75,7 +74,7 @@ class Index:
                 ) from None
             if digest(weights) != self.manifest.weights:
                 raise UserError(f"{weights} holds other weights than the index: build the index again")
-            encoder = for_reading(load_run(self.manifest.run), self.device)
+            encoder = load_run(self.manifest.run).to(choose_device(self.device))
             if encoder.width != self.manifest.width:
                 raise UserError(f"{weights} makes other vectors than the index holds: build the index again")
             self._encoder = encoder

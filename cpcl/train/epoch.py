@@ -131,6 +131,7 @@ def as_loss(
     total, terms = value if isinstance(value, tuple) else (value, {})
     if not torch.is_tensor(total) or total.numel() != 1 or not total.requires_grad:
         raise UserError(f"a loss function must return a scalar tensor with a gradient, got {value!r:.200}")
+    terms = {name: term.detach() if torch.is_tensor(term) else term for name, term in terms.items()}
     return Loss(total, {"loss": total.detach(), **terms})
 
 # %% ../../nbs/80_train/02_epoch.ipynb #a9fa1192
@@ -179,7 +180,7 @@ class StepSums:
     ):
         "Add a step."
         for name, term in terms.items():
-            term = torch.where(taken, torch.as_tensor(term).detach(), 0)
+            term = torch.where(taken, torch.as_tensor(term), 0)
             self.terms[name] = self.terms[name] + term if name in self.terms else term
         self.longest = torch.maximum(self.longest.to(length), torch.where(taken, length, 0))
 
@@ -222,11 +223,12 @@ class SkippedSteps(list):
         "Read the flags of all steps since the last look. Raises NotFinite."
         if not self.unread:
             return
-        flags = torch.stack([taken for _, taken, *_ in self.unread]).tolist()
-        skipped = [unread for unread, taken in zip(self.unread, flags) if not taken]
-        self.unread.clear()
-        for step, _, *rest in skipped:
-            self._add(step, *rest)
+        unread, self.unread = self.unread, []
+        if bool(torch.stack([taken for _, taken, *_ in unread]).all()):  # one number, nearly always
+            return
+        for step, taken, *rest in unread:
+            if not taken:
+                self._add(step, *rest)
 
     def _add(self, step, image_row, caption_row, terms):
         "Add a skipped step. Raises NotFinite when it is one too many."
