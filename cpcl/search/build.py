@@ -20,6 +20,7 @@ import torch
 from ..core import UserError, choose_device, progress
 from ..data import Split
 from ..data.images import pixels_of, to_tensor
+from ..encoder.reading import for_reading
 from ..files import check_folder, claimed, digest, mask_secrets, printable, user_path
 from .columns import few_values, with_columns
 from .gallery import scan_images
@@ -259,12 +260,13 @@ def _write(store, out, old, manifest, changed):
 # %% ../../nbs/search/05_build.ipynb #25b74894
 def _build(job, batch_size, workers, device, log):
     "Encode, write and report. Returns the manifest, the store, and the encoder if it was loaded."
-    load = cache(lambda: load_run(job.run).to(choose_device(device)))
     start, found = _extend_or_start(job), job.found
     old, store, same = start.old, start.store, start.same
     if old and old.folder != str(job.folder):
         log(f"the images moved from {printable(old.folder)}: {same.sum():,} vectors are used again")
-    done = _encode(store, found, ~same & ~start.torn, job.folder, load, batch_size, workers)
+    todo = ~same & ~start.torn
+    load = cache(lambda: for_reading(load_run(job.run), device, images=int(todo.sum()), log=log))
+    done = _encode(store, found, todo, job.folder, load, batch_size, workers)
     held = same | done
     rows = found[held].reset_index(drop=True)
     if not len(rows):

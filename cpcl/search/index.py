@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..core import UserError, choose_device, unit
 from ..data.tokens import has_control_words, unseen_text
+from ..encoder.reading import for_reading
 from ..files import digest, is_unicode, short, user_path
 from .build import build_index, open_store
 from .columns import find_filters, unknown_note
@@ -74,7 +75,7 @@ class Index:
                 ) from None
             if digest(weights) != self.manifest.weights:
                 raise UserError(f"{weights} holds other weights than the index: build the index again")
-            encoder = load_run(self.manifest.run).to(choose_device(self.device))
+            encoder = for_reading(load_run(self.manifest.run), self.device)
             if encoder.width != self.manifest.width:
                 raise UserError(f"{weights} makes other vectors than the index holds: build the index again")
             self._encoder = encoder
