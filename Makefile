@@ -11,7 +11,7 @@ RELIABLE := tests/test_kill.py tests/test_processes.py tests/test_bad_input.py t
 ALONE := tests/test_folders.py tests/test_kill.py tests/test_lab.py tests/test_loaders.py tests/test_machine_code.py \
   tests/test_page.py tests/test_privacy.py tests/test_processes.py
 
-.PHONY: install demo test test-all export readme lab docs reliability bench help
+.PHONY: install demo test test-all export readme lab docs reliability bench gpu help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -70,3 +70,7 @@ reliability: install ## run every test of the reliability table, the slow ones t
 
 bench: install ## run the benchmark notebooks and rewrite their records
 	CPCL_RUN=1 $(NB) nbs/benchmarks/*.ipynb
+
+gpu: install ## time training, features and labels on a GPU (or, said so, on the processor) and rewrite that record
+	rm -f nbs/benchmarks/records/training-$$($(BIN)/python -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")').json
+	CPCL_RUN=1 $(NB) nbs/benchmarks/training.ipynb
