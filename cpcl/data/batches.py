@@ -202,7 +202,7 @@ def _picked(pixels, rows, device):
         return _sent(pixels[rows], device)
     return pixels[_sent(rows, device)]
 
-
+# %% ../../nbs/10_data/05_batches.ipynb #c241405c
 class ImagesOn:
     "`image_loader`'s batches, made on a device from bytes."
 

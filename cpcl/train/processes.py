@@ -181,5 +181,7 @@ def step_products(
     device,  # where the steps run
 ):  # a context
     "While this lasts, float32 products have the precision of training steps."
-    exact = device.type != "cuda" or optim.deterministic or optim.precision == "fp64"
-    return contextlib.nullcontext() if exact else float32_products("high")
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    exact = optim.deterministic or optim.precision == "fp64"
+    return float32_products("highest" if exact else "high")
