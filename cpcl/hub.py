@@ -19,6 +19,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from .core import UserError, atomic_path, need
 from .data.images import USUAL_FILTER
 from .data.tokens import tokenize
+from .encoder.extract import float32_products
 from .encoder.towers import Encoder, Reading
 from .encoder.weights import check_fit, read_published, read_weights
 from .eval.scores import METRICS
@@ -273,13 +274,15 @@ def _export_tower(
     x,  # three inputs
     path,  # the .onnx file to write
     opset,  # ONNX operator set
+    device,  # where torch computes what is compared
 ) -> float:  # largest difference between onnxruntime and torch
     "Export one tower and compare it with torch at two batch sizes."
     import onnxruntime
 
     sizes = (1, 3)
-    with torch.inference_mode():
-        wanted = [tower(x[:n]).numpy() for n in sizes]
+    with torch.no_grad(), float32_products("highest"):
+        wanted = [tower.to(device)(x[:n].to(device)).cpu().numpy() for n in sizes]
+    tower.to("cpu")
     with atomic_path(path) as part, torch.no_grad():
         torch.onnx.export(
             tower,
@@ -318,6 +321,7 @@ def export_onnx(
     encoder: Encoder,  # the model, moved to the CPU
     folder,  # where image.onnx, text.onnx and preprocess.json are written
     opset: int = 18,  # ONNX operator set
+    device="cpu",  # where torch computes what is compared
 ) -> dict:  # tower -> largest difference to torch
     """Write both towers as ONNX and compare them with torch.
 
@@ -333,7 +337,7 @@ def export_onnx(
     inputs, difference = dict(image=noise, text=tokenize(texts, encoder.context_length)), {}
     for which, x in inputs.items():
         tower = _Tower(encoder, which).eval()
-        difference[which] = _export_tower(tower, x, folder / f"{which}.onnx", opset)
+        difference[which] = _export_tower(tower, x, folder / f"{which}.onnx", opset, device)
         if difference[which] > 1e-4:
             away = f"{difference[which]:.1e} away from torch, more than 1e-4"
             raise UserError(f"the exported {which} tower is {away}")

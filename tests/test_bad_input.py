@@ -696,6 +696,7 @@ BAD = {
             TRAIN + " --workers -1",
             ("--workers", "0 or more", "-1"),
         ),
+        Case("workers in words", TRAIN + " --workers many", ("--workers", "auto", "many")),
         Case(
             "a model that is another kind",
             TRAIN + " --model coca_ViT-B-32",

@@ -553,13 +553,16 @@ def test_the_bench_set_is_frozen():
 
 @pytest.mark.gpu
 def test_a_gpu_makes_the_batches_of_a_loader(split):
-    "Where it holds the pixels: the same bits, augmented and masked with the same keys."
+    "Where it holds the pixels, or is sent them: the same bits, augmented and masked with the same keys."
     cache = PixelCache(split, (24, 10)).fill()
     how = dict(augment=AugmentConfig(mask=0.2, erase_value="mean"), seed=1, epoch=2, cache=cache)
     made, loaded = (pair_loader(split, (24, 10), 6, device=d, **how) for d in ("cuda", "cpu"))
     assert isinstance(made, PairsOn) and isinstance(
         image_loader(split, (24, 10), 5, cache=cache, device="cuda"), ImagesOn
     )
-    for there, here in zip(made, loaded, strict=True):
-        assert {value.device.type for value in there.values()} == {"cuda"}
+    pixels = torch.from_numpy(cache.pixels)
+    sent = PairsOn(pixels, made.pairs, made.batches, "cuda")  # of a GPU without room for all of them
+    for there, too, here in zip(made, sent, loaded, strict=True):
+        assert {value.device.type for value in (there | too).values()} == {"cuda"}
         assert all(torch.equal(there[name].cpu(), here[name]) for name in here)
+        assert all(torch.equal(too[name], there[name]) for name in here)

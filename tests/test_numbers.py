@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from cpcl.core import UserError
+from cpcl.data.batches import pair_loader
 from cpcl.data.read import load_split
+from cpcl.encoder.extract import features, float32_products
 from cpcl.encoder.towers import EncoderConfig
+from cpcl.encoder.weights import load_encoder
 from cpcl.synth.dataset import write_synth
 from cpcl.train.checkpoint import newest_state, read_history
+from cpcl.train.compiled import CompiledTowers
 from cpcl.train.runs import train_run
 
 QUICK = {"optim.epochs": 1, "optim.batch_size": 16, "labels.image.k1": 6, "labels.caption.k1": 6}
@@ -255,7 +259,8 @@ def test_the_alarm(root, tmp_path, promise):
 def test_a_gpu_agrees_with_a_cpu(root, tmp_path, promise, monkeypatch):
     """One epoch in float32.
 
-    The tolerance, 1e-3 of a loss, allows for sums in another order and another `exp` over 13 steps.
+    The tolerance, 1e-3 of a loss, allows for sums in another order and another `exp` over 13 steps. Steps
+    that are not asked to be deterministic take TF32, which is allowed ten times as much.
     """
     promise("a GPU and a CPU agree within a thousandth of every loss for one epoch")
     assert torch.cuda.is_available()
@@ -277,8 +282,38 @@ def test_a_gpu_agrees_with_a_cpu(root, tmp_path, promise, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     cpu = first_epoch("cpu")
     for part in ("loss", "icpm", "itc"):
-        assert abs(gpu[part] - cpu[part]) < 1e-3 * abs(cpu[part]), part
+        assert abs(again[part] - cpu[part]) < 1e-3 * abs(cpu[part]), part
+        assert abs(gpu[part] - cpu[part]) < 1e-2 * abs(cpu[part]), part
     assert again["loss"] == twice["loss"]
     assert weights(tmp_path / "again") == weights(tmp_path / "twice")
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.mark.gpu
+def test_features_of_a_gpu(root):
+    "In float32 those of a CPU, whatever was set before; in half precision nearly; both float32 on the host."
+    encoder, split = load_encoder(BLANK), load_split(root)
+    here = features(encoder, split)
+    encoder.to("cuda")
+    with float32_products("high"):
+        there = features(encoder, split)
+    rough = features(encoder, split, half=torch.bfloat16)
+    for a, b, c in zip(here, there, rough):
+        assert abs(a - b).max() < 1e-5 < abs(a - c).max() < 0.05
+        assert b.dtype == c.dtype == a.dtype
+
+
+@pytest.mark.gpu
+def test_towers_compiled_on_a_gpu(root):
+    "Compiled in half precision, as a run does it: the towers' features, for a full batch and a short one."
+    split, encoder = load_split(root), load_encoder(BLANK).to("cuda")
+    batches = list(pair_loader(split, (48, 24), 7))
+    towers = CompiledTowers(encoder)
+    assert len(batches[-1]["tokens"]) < 7
+    for batch in (batches[0], batches[-1]):
+        given = [batch[name].to("cuda") for name in ("image", "tokens")]
+        with torch.autocast("cuda", torch.bfloat16):
+            for a, b in zip(encoder(*given), towers(*given), strict=True):
+                assert a.shape == b.shape and (a - b).abs().max() < 0.03
+                b.sum().backward()

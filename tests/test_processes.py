@@ -18,7 +18,7 @@ SETTINGS = [
 # which rows it encoded, who wrote what.
 NOTED = """
 import json, os, sys, torch
-import cpcl.train.checkpoint, cpcl.train.epoch, cpcl.train.loop, cpcl.train.runs
+import cpcl.train.checkpoint, cpcl.train.compiled, cpcl.train.epoch, cpcl.train.loop, cpcl.train.runs
 
 torch.set_num_threads(1)
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -63,6 +63,8 @@ cpcl.train.epoch.encode_batch, cpcl.train.epoch.as_loss = noted_batch, noted_los
 cpcl.train.loop.train_epoch, cpcl.train.loop._label = noted_walk, counted("labels", label)
 cpcl.train.runs.evaluate = counted("evaluated", rank_all)
 cpcl.train.checkpoint.atomic_path = wrote
+
+cpcl.train.compiled.BACKEND = "aot_eager"  # compiles without a compiler
 
 def main(words):
     from cpcl.cli import main
@@ -215,6 +217,12 @@ def test_two_processes_make_the_same_run(runs, promise):
 def test_two_processes_in_chunks_make_the_same_run(runs, promise):
     promise(SAME)
     same_training(runs, 2, "optim.chunk=3")
+
+
+@pytest.mark.slow
+def test_two_processes_with_compiled_towers_make_the_same_run(runs, promise):
+    promise(SAME)
+    same_training(runs, 2, "optim.compile=true", "optim.chunk=3")
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ EXPECTED = {
     "optim.deterministic": False,
     "optim.chunk": 0,
     "optim.checkpointing": False,
+    "optim.compile": False,
     "optim.freeze": "",
     "augment.flip": 0.5,
     "augment.pad": 10,

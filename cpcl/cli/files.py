@@ -135,17 +135,21 @@ class Export:
     out: str  # folder to write
     which: Literal["last", "best"] = "last"  # the weights of which epoch
     onnx: bool = False  # also write image.onnx and text.onnx, compared with torch
+    # of torch in that comparison: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
+    device: str = ""
 
     def run(self) -> int:  # exit status
         "Write it and say how to load it."
+        from cpcl.core import choose_device
         from cpcl.files import claimed, printable
         from cpcl.hub import CPCL, export_onnx, is_model
 
+        device = choose_device(self.device)
         model = CPCL.from_run(self.encoder, self.which)
         with claimed(self.out, "export", is_model, [self.encoder]) as out:
             model.save_pretrained(out)
             if self.onnx:
-                differences = export_onnx(model, out)
+                differences = export_onnx(model, out, device=device)
                 print(", ".join(f"{name}.onnx within {d:.0e} of torch" for name, d in differences.items()))
         name = printable(out)
         print(f'wrote {name}\nnext: CPCL.from_pretrained("{name}"), or .push_to_hub("you/name")')

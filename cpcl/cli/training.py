@@ -95,7 +95,9 @@ class Train:
     height: Annotated[int, Range(1, 4096, zero="the usual one")] = 0
     # image width in pixels; 0: the model's usual one
     width: Annotated[int, Range(1, 4096, zero="the usual one")] = 0
-    workers: Annotated[int, Range(0)] = 0  # processes that decode images; 0: decode in this process
+    # processes that decode images; auto: none if decoded images are kept, else as many as the machine has
+    # room for
+    workers: Annotated[int | Literal["auto"], Range(0)] = "auto"
     cache: bool = True  # keep decoded images in memory if they fit
     # a loss of your own, as FILE.py:function or module:function; see the tutorial change_a_loss
     loss: str = ""

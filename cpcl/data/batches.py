@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['epoch_order', 'global_batches', 'share_of', 'ImageRows', 'CaptionRows', 'PairRows', 'collate', 'cut_tokens',
-           'ImagesOn', 'PairsOn', 'image_loader', 'caption_loader', 'pair_loader']
+           'ImagesOn', 'PairsOn', 'image_loader', 'caption_loader', 'pair_loader', 'loader_workers']
 
 # %% ../../nbs/10_data/05_batches.ipynb #f5dfd5f1
 import numpy as np
@@ -16,7 +16,7 @@ from .augment import AugmentConfig, augment, augment_batch, draw_changes, mask_t
 from .images import USUAL_FILTER, PixelCache, to_tensor, to_tensors
 from .read import Split
 from .tokens import token_lengths, tokenize
-from .workers import Loader
+from .workers import Loader, usual_workers
 
 # %% ../../nbs/10_data/05_batches.ipynb #9882544e
 def epoch_order(
@@ -188,34 +188,52 @@ def _sent(values, device):
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
+def _kept(cache, device):
+    "All pixels for a GPU, there or in memory. None for other devices, and if they are not kept."
+    if torch.device(device).type != "cuda" or not cache.cached:
+        return None
+    there = cache.on(device)
+    return torch.from_numpy(cache.fill().pixels) if there is None else there
+
+
+def _picked(pixels, rows, device):
+    "Some images on a device: picked there, or in memory and then sent."
+    if pixels.device.type == "cpu":
+        return _sent(pixels[rows], device)
+    return pixels[_sent(rows, device)]
+
+# %% ../../nbs/10_data/05_batches.ipynb #c241405c
 class ImagesOn:
-    "`image_loader`'s batches, from pixels that are on a device."
+    "`image_loader`'s batches, made on a device from bytes."
 
     def __init__(
         self,
-        pixels: torch.Tensor,  # uint8 `[N, H, W, 3]`
+        pixels: torch.Tensor,  # uint8 `[N, H, W, 3]`, on the device or in memory
         batches,  # int64 tensors of image rows
+        device,  # a torch.device
     ):
-        self.pixels, self.batches = pixels, batches
+        self.pixels, self.batches, self.device = pixels, batches, torch.device(device)
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self):
         for rows in self.batches:
-            yield {"image": to_tensors(self.pixels[_sent(rows, self.pixels.device)]), "row": rows}
+            yield {"image": to_tensors(_picked(self.pixels, rows, self.device)), "row": rows}
 
 
 class PairsOn:
-    "`pair_loader`'s batches, from pixels that are on a device."
+    "`pair_loader`'s batches, made on a device from bytes."
 
     def __init__(
         self,
-        pixels: torch.Tensor,  # uint8 `[N, H, W, 3]`
+        pixels: torch.Tensor,  # uint8 `[N, H, W, 3]`, on the device or in memory
         pairs: PairRows,  # of the same split and size
         batches,  # lists of caption rows
+        device,  # a torch.device
     ):
         self.pixels, self.pairs, self.batches = pixels, pairs, batches
+        self.device = torch.device(device)
 
     def __len__(self):
         return len(self.batches)
@@ -225,15 +243,15 @@ class PairsOn:
 
     def _batch(self, rows):
         "The pairs of some caption rows."
-        pairs, device = self.pairs, self.pixels.device
-        tokens = cut_tokens(torch.stack([pairs.words(j) for j in rows]))
-        image_row = _sent(pairs.image_of[rows], device)
-        image = self.pixels[image_row]
+        pairs, device = self.pairs, self.device
+        image_row = torch.as_tensor(pairs.image_of[rows])
+        image = _picked(self.pixels, image_row, device)
         if pairs.augment is not None:
             image = augment_batch(image, _sent(pairs.changes(rows), device), pairs.augment.erase_value)
-        others = dict(tokens=tokens, caption_row=torch.tensor(rows))
+        tokens = cut_tokens(torch.stack([pairs.words(j) for j in rows]))
+        others = dict(tokens=tokens, image_row=image_row, caption_row=torch.tensor(rows))
         there = {name: _sent(values, device) for name, values in others.items()}
-        return {"image": to_tensors(image), "image_row": image_row, **there}
+        return {"image": to_tensors(image), **there}
 
 # %% ../../nbs/10_data/05_batches.ipynb #1546d70b
 def _loader(data, workers, **sampling):
@@ -250,18 +268,18 @@ def image_loader(
     split: Split,  # whose images
     size: tuple,  # (H, W)
     batch_size: int = 256,  # images per batch
-    workers: int = 0,  # loader processes; 0 is fastest with a filled cache
+    workers: int = 0,  # loader processes
     cache: PixelCache = None,  # of the same split and size
     rank: int = 0,  # this process, 0..world-1
     world: int = 1,  # processes that share the images
     resize: str = USUAL_FILTER,  # a key of `FILTERS`, the encoder's
-    device="cpu",  # where they are encoded; a GPU with room for all pixels makes the batches itself
+    device="cpu",  # where they are encoded; a GPU makes the batches itself if the pixels are kept
 ):  # batches of `image`, `row`
     "Each image once, for encoding. Raises UserError if `batch_size` is below 1."
     data, rows = ImageRows(split, size, cache, resize), torch.arange(len(split.images))[rank::world]
     _check_batch_size(batch_size)
-    if (pixels := data.cache.on(device)) is not None:
-        return ImagesOn(pixels, rows.split(batch_size) if len(rows) else ())
+    if (pixels := _kept(data.cache, device)) is not None:
+        return ImagesOn(pixels, rows.split(batch_size) if len(rows) else (), device)
     return _encoding_loader(data, batch_size, workers, rows)
 
 
@@ -294,12 +312,29 @@ def pair_loader(
     groups=None,  # int64 `[M]`, the cluster of each caption, -1 = none
     captions_per_cluster: int = 1,  # captions of a cluster that follow one another
     resize: str = USUAL_FILTER,  # a key of `FILTERS`, the encoder's
-    device="cpu",  # where the steps run; a GPU with room for all pixels makes the batches itself
+    device="cpu",  # where the steps run; a GPU makes the batches itself if the pixels are kept
 ):  # batches of `image`, `tokens`, `image_row`, `caption_row`
     "One training epoch: each caption once with its image. Raises UserError if `batch_size` is below 1."
     data = PairRows(split, size, augment, seed, epoch, cache, context_length, resize)
     batches = global_batches(len(data), batch_size, seed, epoch, groups, captions_per_cluster)
     mine = [share_of(b, rank, world) for b in batches]
-    if (pixels := data.images.cache.on(device)) is not None:
-        return PairsOn(pixels, data, mine)
+    if (pixels := _kept(data.images.cache, device)) is not None:
+        return PairsOn(pixels, data, mine, device)
     return _loader(data, workers, batch_sampler=mine)
+
+# %% ../../nbs/10_data/05_batches.ipynb #6d9addc3
+def loader_workers(
+    workers,  # processes, or "auto"
+    cache: PixelCache,  # of the split to be read
+    rows: int,  # of the largest batch
+    log=None,  # receives a line if shared memory has room for fewer than wanted
+) -> int:  # processes
+    'The loader processes of a training. Raises UserError for anything but "auto" and numbers from 0.'
+    if isinstance(workers, int) and workers >= 0:
+        return workers
+    if workers != "auto":
+        raise UserError(f'workers must be 0 or more, or "auto", got {workers!r}')
+    if cache.cached:
+        return 0
+    pixels = cache.size[0] * cache.size[1]
+    return usual_workers(rows * (12 * pixels + 8 * 77 + 16), log)

@@ -288,9 +288,10 @@ def _short_text(clip, words, end):
 
 
 def _text_features(clip, tokens):
-    "Features of captions, on a CPU in groups of similar length."
+    "Features of captions, on a CPU in groups of similar length unless they are compiled."
     words, end = clip.token_embedding(tokens), tokens.argmax(-1)
-    if tokens.device.type == "cpu" and len(tokens) > GROUP:
+    in_groups = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if in_groups and len(tokens) > GROUP:
         return by_length(partial(_short_text, clip), words, end)
     return _short_text(clip, words, end)
 

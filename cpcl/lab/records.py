@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 import cpcl
-from ..core import UserError, atomic_path, peak_memory
+from ..core import UserError, atomic_path, default_device, peak_memory
 from ..files import expect, json_text, parse_json, printable, read_json, read_text
 from ..data.read import has_split, load_split
 from ..eval.scores import QueryScores
@@ -184,7 +184,7 @@ def make_record(
     code: dict = None,  # what it executed, from `run_code`
 ) -> Record:
     "Settings, history and every test query's result of a finished run."
-    scores = score_split(load_run(run), load_split(root, split="test"))
+    scores = score_split(load_run(run).to(default_device()), load_split(root, split="test"))
     history = read_history(run)
     queries = dict(first=scores.first, ap=np.round(scores.ap, 4), inp=np.round(scores.inp, 4))
 

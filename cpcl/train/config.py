@@ -40,6 +40,7 @@ class OptimConfig:
     )
     chunk: int = 0  # pairs of a process that go through the towers together; 0: all of a step
     checkpointing: bool = False  # keep only each block's input for the way back, and compute it again
+    compile: bool = False  # the towers of a step as compiled programs; needs a C++ compiler
     freeze: str = ""  # towers that are not trained, or their first blocks: "image", "text:6", "image:6,text"
 
     def __post_init__(self):

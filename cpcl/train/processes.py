@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['interleave', 'share', 'several', 'gather_rows', 'add_up', 'shared_features', 'once', 'prepare_encoder',
-           'start_processes']
+           'start_processes', 'step_products']
 
 # %% ../../nbs/80_train/06_processes.ipynb #b616f302
 import contextlib, os, pickle
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from .. import _idle_threads
 from ..core import UserError
-from ..encoder.extract import features
+from ..encoder.extract import features, float32_products
 
 # %% ../../nbs/80_train/06_processes.ipynb #4c9abd40
 def interleave(
@@ -63,12 +63,12 @@ def gather_rows(
 
 # %% ../../nbs/80_train/06_processes.ipynb #7ca3788c
 def add_up(
-    x: torch.Tensor,  # on the CPU
+    x: torch.Tensor,  # on any device
 ) -> torch.Tensor:  # the sum over the processes, on the CPU
     "Sum a tensor over all processes."
     if not several():
-        return x
-    x = x.cuda() if dist.get_backend() == "nccl" else x
+        return x.cpu()
+    x = x.cuda() if dist.get_backend() == "nccl" else x.cpu()
     dist.all_reduce(x)
     return x.cpu()
 
@@ -76,7 +76,7 @@ def add_up(
 def shared_features(
     encoder,  # the same in every process
     split,  # as for `features`
-    **kwargs,  # `batch_size`, `workers`, `cache` of `features`
+    **kwargs,  # `batch_size`, `workers`, `cache`, `half` of `features`
 ) -> tuple:  # img `[N, D]`, txt `[M, D]`: unit rows in row order, the same in every process
     "Encode a split, each process its share of the rows. All of them call it."
     if not several():
@@ -174,3 +174,14 @@ def start_processes(
     if log and (late := _idle_threads.say_once()):
         log(late)
     return _accelerator(log), precision == "bf16" or (precision == "auto" and able)
+
+# %% ../../nbs/80_train/06_processes.ipynb #8e8c9bbc
+def step_products(
+    optim,  # an `OptimConfig`
+    device,  # where the steps run
+):  # a context
+    "While this lasts, float32 products have the precision of training steps."
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    exact = optim.deterministic or optim.precision == "fp64"
+    return float32_products("highest" if exact else "high")

@@ -20,6 +20,7 @@ from ..eval.scores import evaluate
 from ..hcm import hcm_loss
 from ..files import write_json
 from .checkpoint import load_run
+from .compiled import check_compiler
 from .config import make_config
 from .labels import check_rows, epoch_labels
 from .loop import fit, hook_names
@@ -95,7 +96,7 @@ def train_run(
     seed: int = 0,  # of the run
     changes: dict = None,  # dotted settings -> values, the last word
     resume: bool = False,  # continue a run that was stopped
-    workers: int = 0,  # loader processes
+    workers="auto",  # loader processes: a number, or "auto" (none where decoded images are kept)
     cache: bool = True,  # keep decoded images in memory
     log=print,  # receives the lines
     loss=hcm_loss,  # of `fit`: a function, or its name
@@ -113,7 +114,9 @@ def train_run(
 
     quality, truth = identity_calls(train)
     _check(cfg, train, truth, root)
-    first = start_processes(cfg.optim.precision, cfg.optim.deterministic)[0].is_main_process
+    accelerator, _ = start_processes(cfg.optim.precision, cfg.optim.deterministic)
+    first = accelerator.is_main_process
+    check_compiler(cfg.optim, accelerator.device)
     data = data_facts(train, **held_out)
     names = hook_names(cfg, loss, labels)
     once(lambda: check_run(run, cfg, data | dict(weights=weights_of(cfg.encoder)), resume, names))
