@@ -32,9 +32,7 @@ class Range(NamedTuple):
     above: bool = False  # only values above `low`
 
     def fits(self, value) -> bool:
-        "Whether a value is in the range. A word is, since tyro has checked it."
-        if isinstance(value, str):
-            return True
+        "Whether a value is in the range."
         if self.zero and value == 0:
             return True
         return self.low <= value <= self.high and not (self.above and value == self.low)

@@ -97,7 +97,7 @@ class Train:
     width: Annotated[int, Range(1, 4096, zero="the usual one")] = 0
     # processes that decode images; auto: none if decoded images are kept, else as many as the machine has
     # room for
-    workers: Annotated[int | Literal["auto"], Range(0)] = "auto"
+    workers: Annotated[str, tyro.conf.arg(metavar="INT|auto")] = "auto"
     cache: bool = True  # keep decoded images in memory if they fit
     # a loss of your own, as FILE.py:function or module:function; see the tutorial change_a_loss
     loss: str = ""
@@ -115,6 +115,7 @@ def _check(self: Train):
     from cpcl.core import UserError
 
     check_ranges(self)
+    _processes(self.workers)
     if self.model != "tiny" and not self.pretrained:
         raise UserError(
             f"--model {self.model} needs --pretrained: a tag such as openai, or a file "
@@ -122,6 +123,18 @@ def _check(self: Train):
         )
     if self.data != "auto" and not self.root:
         raise UserError(f"--data {self.data} needs --root: the folder of the data set")
+
+
+def _processes(workers):
+    "The number of loader processes, or auto. Raises UserError for anything else."
+    from cpcl.core import UserError
+    from cpcl.files import short
+
+    if workers == "auto":
+        return workers
+    if not str(workers).isdecimal():
+        raise UserError(f"--workers must be 0 or more, or auto, got {short(workers)}")
+    return int(workers)
 
 
 def _encoder(
@@ -159,7 +172,7 @@ def run(self: Train) -> int:  # exit status
         seed=self.seed,
         changes=flag_settings(self.epochs, self.batch_size, self.lr, self.set, self.model),
         resume=self.resume,
-        workers=self.workers,
+        workers=_processes(self.workers),
         cache=self.cache,
         **own,
     )
