@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpcl.train.checkpoint import read_history
+from cpcl.train.checkpoint import newest_state, read_history
 from cpcl.synth.dataset import write_synth
 
 # fp64: two orders of addition differ in the sixteenth digit, and two epochs later not in the ninth.
@@ -215,6 +215,20 @@ def test_two_processes_make_the_same_run(runs, promise):
 def test_two_processes_in_chunks_make_the_same_run(runs, promise):
     promise(SAME)
     same_training(runs, 2, "optim.chunk=3")
+
+
+@pytest.mark.slow
+def test_two_processes_scale_alike(runs, promise):
+    promise("with float16, in chunks, two processes skip the same steps and keep the same scale and memories")
+    half = "optim.precision=fp16"
+    (one, [alone]), (two, noted) = runs(1, half), runs(2, half, "optim.chunk=3")
+    for a, b in zip(noted[0]["notes"], noted[1]["notes"], strict=True):
+        assert a["row"] == b["row"] and all(torch.equal(a[m], b[m]) for m in ("img", "txt"))
+        assert a["row"]["skipped"] == 0
+    scales = [newest_state(run)[1]["scaler"]["scale"] for run in (one, two)]
+    assert scales[0] < 2.0**16 and scales[1] in (scales[0], scales[0] / 2)  # a rank's gradient is doubled
+    first = [notes[0]["row"]["loss"] for notes in (alone["notes"], noted[0]["notes"])]
+    assert abs(first[0] - first[1]) < 0.1 * first[0]  # another step may be skipped
 
 
 @pytest.mark.slow

@@ -32,8 +32,8 @@ class OptimConfig:
     per: Literal["step", "epoch"] = "step"  # how often the learning rate changes
     adam_eps: float = 1e-8  # added to the root mean square of a gradient
     clip_norm: float = 1000.0  # a longer gradient is shortened to this
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = (
-        "auto"  # of the towers; auto: bf16 where a GPU has it
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = (
+        "auto"  # of the towers; auto: bf16 where a GPU has it, fp16 on an older one, else fp32
     )
     deterministic: bool = (
         False  # on a GPU: the same bits every time, slower; a processor repeats itself anyway
@@ -59,8 +59,8 @@ class OptimConfig:
             raise UserError(f"optim.chunk must be 0 (all at once) or more pairs, got {self.chunk}")
         if self.per not in ("step", "epoch"):
             raise UserError(f"optim.per must be step or epoch, got {self.per!r}")
-        if self.precision not in ("auto", "fp32", "bf16", "fp64"):
-            raise UserError(f"optim.precision must be auto, fp32, bf16 or fp64, got {self.precision!r}")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16", "fp64"):
+            raise UserError(f"optim.precision must be auto, fp32, bf16, fp16 or fp64, got {self.precision!r}")
 
 # %% ../../nbs/80_train/00_config.ipynb #4853c184
 def learning_rate(
