@@ -10,7 +10,15 @@ import contextlib, io, logging, os, signal, sys, warnings
 
 import tyro
 
-from .errors import escaped_output, explain, flush_output, parse_error, reader_gone, stoppable
+from cpcl.cli.errors import (
+    drop_output,
+    escaped_output,
+    explain,
+    flush_output,
+    parse_error,
+    reader_gone,
+    stoppable,
+)
 from .files import Convert, Doctor, Export, Pretrain, Synth
 from .searching import App, Index, Search
 from .training import Ablate, Demo, Eval, Train
@@ -117,4 +125,5 @@ def main(
             if ending is None or debug:
                 raise
             _report(ending)
+            drop_output()
             return ending.status
