@@ -168,8 +168,9 @@ def runs(root, tmp_path_factory):
     return _run
 
 
-def same_training(runs, world, *more):
-    (one, [alone]), (several, noted) = runs(1), runs(world, *more)
+def same_training(runs, world, *more, both=()):
+    "`more`: settings of the several processes; `both`: also of the one."
+    (one, [alone]), (several, noted) = runs(1, *both), runs(world, *both, *more)
     assert alone["world"] == 1 and [n["world"] for n in noted] == [world] * world
     for n in noted:  # labels, memories and losses, on every rank
         for a, b in zip(alone["notes"], n["notes"], strict=True):
@@ -215,6 +216,12 @@ def test_two_processes_make_the_same_run(runs, promise):
 def test_two_processes_in_chunks_make_the_same_run(runs, promise):
     promise(SAME)
     same_training(runs, 2, "optim.chunk=3")
+
+
+@pytest.mark.slow
+def test_two_processes_with_adapters_make_the_same_run(runs, promise):
+    promise(SAME)
+    same_training(runs, 2, "optim.chunk=3", both=["optim.lora=4"])
 
 
 @pytest.mark.slow

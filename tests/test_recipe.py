@@ -58,6 +58,7 @@ EXPECTED = {
     "optim.chunk": 0,
     "optim.checkpointing": False,
     "optim.freeze": "",
+    "optim.lora": 0,
     "augment.flip": 0.5,
     "augment.pad": 10,
     "augment.erase": 0.5,

@@ -41,6 +41,7 @@ class OptimConfig:
     chunk: int = 0  # pairs of a process that go through the towers together; 0: all of a step
     checkpointing: bool = False  # keep only each block's input for the way back, and compute it again
     freeze: str = ""  # towers that are not trained, or their first blocks: "image", "text:6", "image:6,text"
+    lora: int = 0  # rank of adapters that are trained instead of the weights, 8 or 16; 0: none
 
     def __post_init__(self):
         for name in ("lr", "epochs", "batch_size", "bias_lr", "adam_eps", "clip_norm"):
@@ -57,6 +58,8 @@ class OptimConfig:
             raise UserError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
         if self.chunk < 0:
             raise UserError(f"optim.chunk must be 0 (all at once) or more pairs, got {self.chunk}")
+        if self.lora < 0:
+            raise UserError(f"optim.lora must be 0 (no adapters) or a rank, got {self.lora}")
         if self.per not in ("step", "epoch"):
             raise UserError(f"optim.per must be step or epoch, got {self.per!r}")
         if self.precision not in ("auto", "fp32", "bf16", "fp16", "fp64"):

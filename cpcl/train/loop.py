@@ -16,6 +16,7 @@ from ..data.images import PixelCache
 from ..data.batches import pair_loader
 from ..data.read import Split
 from ..encoder.frozen import freeze
+from ..encoder.lora import add_adapters
 from ..encoder.weights import load_encoder, read_header, save_encoder
 from ..files import expect, read_json, user_path, write_json
 from ..hcm import hcm_loss
@@ -200,6 +201,7 @@ def _restore(cfg, encoder, scaler, run, resume, device, log):
     "Encoder, optimiser and history as the run starts, or as it was left. The scaler is filled in place."
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
     freeze(encoder, cfg.optim.freeze)
+    add_adapters(encoder, cfg.optim.lora)
     encoder.clip.set_grad_checkpointing(cfg.optim.checkpointing)
     optimizer = build_optimizer(encoder, cfg.optim)
     found = once(lambda: newest_state(run, log) if resume else None)
