@@ -36,7 +36,8 @@ setup(
             "export": ["export"],
             "heic": ["heic"],
             "milvus": ["milvus"],
-            "dev": ["dev", "app", "docs", "export", "milvus"],
+            "peft": ["peft"],
+            "dev": ["dev", "app", "docs", "export", "milvus", "peft"],
         }.items()
     },
     entry_points={

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpcl.train.checkpoint import read_history
+from cpcl.train.checkpoint import newest_state, read_history
 from cpcl.synth.dataset import write_synth
 
 # fp64: two orders of addition differ in the sixteenth digit, and two epochs later not in the ninth.
@@ -170,8 +170,9 @@ def runs(root, tmp_path_factory):
     return _run
 
 
-def same_training(runs, world, *more):
-    (one, [alone]), (several, noted) = runs(1), runs(world, *more)
+def same_training(runs, world, *more, both=()):
+    "`more`: settings of the several processes; `both`: also of the one."
+    (one, [alone]), (several, noted) = runs(1, *both), runs(world, *both, *more)
     assert alone["world"] == 1 and [n["world"] for n in noted] == [world] * world
     for n in noted:  # labels, memories and losses, on every rank
         for a, b in zip(alone["notes"], n["notes"], strict=True):
@@ -223,6 +224,25 @@ def test_two_processes_in_chunks_make_the_same_run(runs, promise):
 def test_two_processes_with_compiled_towers_make_the_same_run(runs, promise):
     promise(SAME)
     same_training(runs, 2, "optim.compile=true", "optim.chunk=3")
+
+
+def test_two_processes_with_adapters_make_the_same_run(runs, promise):
+    promise(SAME)
+    same_training(runs, 2, "optim.chunk=3", both=["optim.lora=4"])
+
+
+@pytest.mark.slow
+def test_two_processes_scale_alike(runs, promise):
+    promise("with float16, in chunks, two processes skip the same steps and keep the same scale and memories")
+    half = "optim.precision=fp16"
+    (one, [alone]), (two, noted) = runs(1, half), runs(2, half, "optim.chunk=3")
+    for a, b in zip(noted[0]["notes"], noted[1]["notes"], strict=True):
+        assert a["row"] == b["row"] and all(torch.equal(a[m], b[m]) for m in ("img", "txt"))
+        assert a["row"]["skipped"] == 0
+    scales = [newest_state(run)[1]["scaler"]["scale"] for run in (one, two)]
+    assert scales[0] < 2.0**16 and scales[1] in (scales[0], scales[0] / 2)  # a rank's gradient is doubled
+    first = [notes[0]["row"]["loss"] for notes in (alone["notes"], noted[0]["notes"])]
+    assert abs(first[0] - first[1]) < 0.1 * first[0]  # another step may be skipped
 
 
 @pytest.mark.slow

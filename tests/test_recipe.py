@@ -59,6 +59,7 @@ EXPECTED = {
     "optim.checkpointing": False,
     "optim.compile": False,
     "optim.freeze": "",
+    "optim.lora": 0,
     "augment.flip": 0.5,
     "augment.pad": 10,
     "augment.erase": 0.5,

@@ -15,6 +15,7 @@ import torch
 
 from ..core import UserError, atomic_path, repo_root
 from ..data.images import USUAL_FILTER, check_filter
+from .lora import merged_weights
 from .others import possible_grids, towers_in, unwrapped
 from .towers import Encoder, EncoderConfig, Reading, architecture, check_size
 from .towers import patch_grid, resize_positions, tag_reading, usual_reading
@@ -79,13 +80,13 @@ def save_encoder(
     half: bool = False,  # store 16-bit floats (half the size, for shipping)
     **info,  # further entries of the header, e.g. `note="..."`
 ) -> Path:  # the file
-    "Write both towers and the header that describes them (safetensors)."
+    "Write both towers, adapters merged, and the header that describes them (safetensors)."
     from safetensors.torch import save_file
 
     def _stored(x):
         return (x.half() if half and x.is_floating_point() else x).detach().cpu().contiguous()
 
-    state = {name: _stored(x) for name, x in encoder.clip.state_dict().items()}
+    state = {name: _stored(x) for name, x in merged_weights(encoder).items()}
     reading = None if encoder.reading == usual_reading(encoder.model) else encoder.reading
     header = Header(encoder.model, encoder.image_size, encoder.grid, info, reading, encoder.resize)
     path = user_path(path)

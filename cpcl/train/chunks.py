@@ -21,7 +21,7 @@ class InChunks:
         accelerator,  # accelerate's
     ):
         self.model, self.chunk, self.accelerator = model, chunk, accelerator
-        self.inputs, self.features, self.half = [], (), False
+        self.inputs, self.features, self.half = [], (), None
 
     def __call__(
         self,
@@ -30,7 +30,8 @@ class InChunks:
     ) -> tuple:  # img `[B, D]`, txt `[B, D]`, both leaves
         "Features without a graph."
         self.inputs = list(zip(image.split(self.chunk), tokens.split(self.chunk)))
-        self.half = torch.is_autocast_enabled(image.device.type)
+        kind = image.device.type
+        self.half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         with torch.no_grad():
             parts = [self.model(*inputs) for inputs in self.inputs]
         self.features = tuple(torch.cat(part).requires_grad_() for part in zip(*parts))
@@ -43,7 +44,7 @@ class InChunks:
         for i, (inputs, grad) in enumerate(zip(self.inputs, grads)):
             apart = i + 1 < len(grads)  # processes add up once
             with self.accelerator.no_sync(self.model) if apart else contextlib.nullcontext():
-                with torch.autocast(device, torch.bfloat16, enabled=self.half):
+                with torch.autocast(device, self.half, enabled=self.half is not None):
                     again = self.model(*inputs)
                 torch.autograd.backward(again, grad)
         self.inputs, self.features = [], ()

@@ -32,8 +32,8 @@ class OptimConfig:
     per: Literal["step", "epoch"] = "step"  # how often the learning rate changes
     adam_eps: float = 1e-8  # added to the root mean square of a gradient
     clip_norm: float = 1000.0  # a longer gradient is shortened to this
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = (
-        "auto"  # of the towers; auto: bf16 where a GPU has it
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = (
+        "auto"  # of the towers; auto: bf16 where a GPU has it, fp16 on an older one, else fp32
     )
     deterministic: bool = (
         False  # on a GPU: the same bits every time, slower; a processor repeats itself anyway
@@ -42,6 +42,7 @@ class OptimConfig:
     checkpointing: bool = False  # keep only each block's input for the way back, and compute it again
     compile: bool = False  # the towers of a step as compiled programs; needs a C++ compiler
     freeze: str = ""  # towers that are not trained, or their first blocks: "image", "text:6", "image:6,text"
+    lora: int = 0  # rank of adapters that are trained instead of the weights, 8 or 16; 0: none
 
     def __post_init__(self):
         for name in ("lr", "epochs", "batch_size", "bias_lr", "adam_eps", "clip_norm"):
@@ -58,10 +59,12 @@ class OptimConfig:
             raise UserError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
         if self.chunk < 0:
             raise UserError(f"optim.chunk must be 0 (all at once) or more pairs, got {self.chunk}")
+        if self.lora < 0:
+            raise UserError(f"optim.lora must be 0 (no adapters) or a rank, got {self.lora}")
         if self.per not in ("step", "epoch"):
             raise UserError(f"optim.per must be step or epoch, got {self.per!r}")
-        if self.precision not in ("auto", "fp32", "bf16", "fp64"):
-            raise UserError(f"optim.precision must be auto, fp32, bf16 or fp64, got {self.precision!r}")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16", "fp64"):
+            raise UserError(f"optim.precision must be auto, fp32, bf16, fp16 or fp64, got {self.precision!r}")
 
 # %% ../../nbs/80_train/00_config.ipynb #4853c184
 def learning_rate(

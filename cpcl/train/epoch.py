@@ -17,6 +17,7 @@ from ..hcm import Batch, Loss, Prototypes, hcm_loss
 from ..pmm import PrototypeMemory
 from .chunks import InChunks
 from .config import MemoryConfig, OptimConfig, TrainConfig, loss_settings, rate_at
+from .half import Scaler
 from .history import StepMeans
 from .labels import Features, Labels
 from .processes import gather_rows
@@ -112,11 +113,11 @@ def encode_batch(
     share: dict,  # this process's share of a batch, from `pair_loader`
     memories: Memories,  # labels of this epoch
     size: int,  # B, pairs of the batch over all processes
-    bf16: bool = False,  # towers in bfloat16
+    half=None,  # torch.bfloat16 or torch.float16: what the towers compute in
 ) -> Batch:
     "Encode a share of the batch, gather the rest, and look up the labels."
     device = memories.labels_img.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(device.type, half, enabled=half is not None):
         img, txt = model(*(share[name].to(device, non_blocking=True) for name in ("image", "tokens")))
     mine = (img, txt, share["image_row"], share["caption_row"])
     img, txt, image_row, caption_row = (gather_rows(x.to(device, non_blocking=True), size) for x in mine)
@@ -254,10 +255,12 @@ def train_epoch(
     epoch: int,  # 0-based
     loss=hcm_loss,  # (Batch, Prototypes, settings) -> Loss
     write=None,  # (step, dict) -> None, for TensorBoard
-    bf16: bool = False,  # towers in bfloat16
+    half=None,  # torch.bfloat16 or torch.float16: what the towers compute in
+    scaler: Scaler = None,  # of the run, for float16
 ) -> StepMeans:
     "Walk once through the captions. Raises NotFinite."
     model.train()
+    scaler = scaler or Scaler(half, memories.labels_img.device)
     settings, captions, size = loss_settings(cfg, epoch), len(memories.labels_txt), cfg.optim.batch_size
     steps = len(loader)
     sums, skipped = StepSums(), SkippedSteps(steps)
@@ -266,22 +269,26 @@ def train_epoch(
         step = epoch * steps + i
         factor = rate_at(cfg.optim, epoch, i, steps)
         set_learning_rate(optimizer, factor)
-        batch = encode_batch(chunks or model, share, memories, min(size, captions - i * size), bf16)
+        batch = encode_batch(chunks or model, share, memories, min(size, captions - i * size), half)
         total, terms = as_loss(loss(batch, memories.protos, settings))
         optimizer.zero_grad()
-        accelerator.backward(total)
+        accelerator.backward(scaler.scale(total))
         if chunks:
             chunks.backward()
+        scaler.unscale_(optimizer)
         length = clip_gradients(optimizer, cfg.optim.clip_norm)
         taken = torch.isfinite(total.detach() + length)
         take_step(optimizer, taken)
         memories.update(batch, taken)
-        sums.add(taken, terms, length)
-        skipped.note(step, taken, batch, terms)
+        sound = scaler.sound(taken, total.detach())
+        scaler.update()
+        sums.add(sound, terms, torch.where(taken, length, 0))
+        skipped.note(step, sound, batch, terms)
         if step % LOG_EVERY == 0:
             skipped.read()
             if write and step not in [bad["step"] for bad in skipped]:
                 now = {name: float(term) for name, term in terms.items()}
-                write(step, now | {"lr": factor * cfg.optim.lr, "gradient": float(length)})
+                now |= {"lr": factor * cfg.optim.lr, "gradient": float(length)}
+                write(step, now | scaler.numbers())
     skipped.read()
     return sums.means(factor * cfg.optim.lr, steps, len(skipped))

@@ -17,6 +17,7 @@ from ..data.images import PixelCache
 from ..data.batches import loader_workers, pair_loader
 from ..data.read import Split
 from ..encoder.frozen import freeze
+from ..encoder.lora import add_adapters
 from ..encoder.weights import load_encoder, read_header, save_encoder
 from ..files import expect, read_json, user_path, write_json
 from ..hcm import hcm_loss
@@ -30,6 +31,7 @@ from .compiled import CompiledTowers, check_compiler
 from .config import TrainConfig
 from .environment import environment
 from .epoch import NotFinite, build_memories, build_optimizer, no_memories, train_epoch
+from .half import Scaler
 from .health import ROWS, label_remarks, outlier_alarm, save_eps_figure
 from .history import EpochRow, epoch_line
 from .hooks import function_name, load_function
@@ -71,7 +73,7 @@ def fit(
     "Train from `cfg.encoder`'s weights to `last` and `best.safetensors` in the run folder. Raises UserError."
     hooks = hook_names(cfg, loss, labels)
     check_rows(cfg.labels, len(train.images), len(train.captions))
-    accelerator, bf16 = start_processes(cfg.optim.precision, cfg.optim.deterministic, log)
+    accelerator, half = start_processes(cfg.optim.precision, cfg.optim.deterministic, log)
     first = accelerator.is_main_process
     check_compiler(cfg.optim, accelerator.device)
     seed_everything(cfg.seed)
@@ -79,7 +81,8 @@ def fit(
     loss, labels, encoder = load_function(loss), load_function(labels), load_encoder(cfg.encoder, log)
     with held_run(run, train.root):
         once(lambda: _open(run, cfg, data or data_facts(train), resume, hooks))
-        encoder, optimizer, history = _restore(cfg, encoder, run, resume, device, log)
+        scaler = Scaler(half, device)
+        encoder, optimizer, history = _restore(cfg, encoder, scaler, run, resume, device, log)
         model, writer = _model(cfg, encoder, accelerator), _TensorBoard(run) if first else None
         pixels, workers = _pixels(cache, train, encoder, workers, cfg, log)
         for epoch in range(len(history), cfg.optim.epochs):
@@ -87,7 +90,7 @@ def fit(
             memories = no_memories(len(train.images), len(train.captions), encoder.width, device)
             if cfg.labels.source != "none":
                 with watch("features"):
-                    features = _features(encoder, train, pixels, workers, device, bf16)
+                    features = _features(encoder, train, pixels, workers, device, half)
                 with watch("labels"):
                     found = once(lambda: _label(labels, features, cfg, truth, log))
                     report, judged = once(lambda: _judge(found, features, cfg, quality, run, history, log))
@@ -95,12 +98,12 @@ def fit(
             loader = _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator)
             with watch("steps"), _bad_batches_saved(run, train), step_products(cfg.optim, device):
                 steps = train_epoch(
-                    model, optimizer, loader, memories, cfg, accelerator, epoch, loss, writer, bf16
+                    model, optimizer, loader, memories, cfg, accelerator, epoch, loss, writer, half, scaler
                 )
             with watch("val"):
                 val = validate(encoder) if validate else {}
             history.append(_row(history, steps, report, judged, val, watch))
-            once(lambda: _save_epoch(run, encoder, optimizer, history, writer))
+            once(lambda: _save_epoch(run, encoder, optimizer, scaler, history, writer))
             log(epoch_line(history[-1], cfg.optim.epochs))
         return history
 
@@ -156,9 +159,8 @@ def _alarm(cfg, features, run, reports, log):
         )
 
 # %% ../../nbs/80_train/03_loop.ipynb #5a7913c2
-def _features(encoder, train, pixels, workers, device, bf16):
+def _features(encoder, train, pixels, workers, device, half):
     "Features of all images and captions, in every process. Raises UserError if one is not finite."
-    half = torch.bfloat16 if bf16 else None
     img, txt = shared_features(encoder, train, cache=pixels, workers=workers, half=half)
     features = Features(img, txt, train.image_of, device)
     _check_finite(features, train)
@@ -214,10 +216,11 @@ def _earlier(path):
         return []
 
 # %% ../../nbs/80_train/03_loop.ipynb #b61f20d9
-def _restore(cfg, encoder, run, resume, device, log):
-    "Encoder, optimiser and history as the run starts, or as it was left."
+def _restore(cfg, encoder, scaler, run, resume, device, log):
+    "Encoder, optimiser and history as the run starts, or as it was left. The scaler is filled in place."
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
     freeze(encoder, cfg.optim.freeze)
+    add_adapters(encoder, cfg.optim.lora)
     encoder.clip.set_grad_checkpointing(cfg.optim.checkpointing)
     optimizer = build_optimizer(encoder, cfg.optim)
     found = once(lambda: newest_state(run, log) if resume else None)
@@ -227,6 +230,7 @@ def _restore(cfg, encoder, run, resume, device, log):
     if "history" not in facts:
         raise UserError(f"{run} was started by a version whose states hold no history: give another --out")
     fill_state(tensors, encoder, optimizer)
+    scaler.fill(facts)
     history = _history(facts, run)
     once(lambda: _repair(run, encoder, history))
     return encoder, optimizer, history
@@ -299,7 +303,7 @@ def _with_best(row, history):
     return replace(row, best_epoch=row.epoch)
 
 
-def _save_epoch(run, encoder, optimizer, history, writer):
+def _save_epoch(run, encoder, optimizer, scaler, history, writer):
     "Everything an epoch leaves behind. The state last, since it declares the epoch done."
     row = history[-1]
     best = history[row.best_epoch].val.get("val_mAP")
@@ -309,7 +313,8 @@ def _save_epoch(run, encoder, optimizer, history, writer):
         save_encoder(encoder, run / "best.safetensors", epoch=row.epoch)
     write_history(run, rows)
     state = run / "state.safetensors"
-    save_state(state, encoder, optimizer, epoch=row.epoch + 1, best=best, history=rows)
+    facts = dict(epoch=row.epoch + 1, best=best, history=rows) | scaler.facts()
+    save_state(state, encoder, optimizer, **facts)
     numbers = {k: v for k, v in rows[-1].items() if isinstance(v, (int, float)) and k != "epoch"}
     writer(row.epoch, numbers, "epoch")
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from .. import _idle_threads
 from ..core import UserError
 from ..encoder.extract import features, float32_products
+from .half import half_type
 
 # %% ../../nbs/80_train/06_processes.ipynb #4c9abd40
 def interleave(
@@ -156,24 +157,20 @@ def prepare_encoder(
 
 # %% ../../nbs/80_train/06_processes.ipynb #b304f037
 def start_processes(
-    precision: str = "auto",  # "auto", "fp32", "bf16" or "fp64"
+    precision: str = "auto",  # "auto", "fp32", "bf16", "fp16" or "fp64"
     deterministic: bool = False,  # the same bits every time on a GPU too
     log=None,  # receives a line about what is not used of the environment
-) -> tuple:  # (accelerate's Accelerator, whether the towers run in bf16)
+) -> tuple:  # (accelerate's Accelerator, the 16-bit type of the towers or None)
     "Join the other processes, if there are any, and choose the precision. Raises UserError."
-    able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" and not able:
-        raise UserError(
-            "optim.precision=bf16 needs a GPU that computes in bfloat16 (Ampere or later): "
-            "take auto, which uses it where there is one, or fp32"
-        )
+    half_type(precision)  # before anything starts
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     if log and (late := _idle_threads.say_once()):
         log(late)
-    return _accelerator(log), precision == "bf16" or (precision == "auto" and able)
+    accelerator = _accelerator(log)
+    return accelerator, half_type(precision, accelerator.device)
 
 # %% ../../nbs/80_train/06_processes.ipynb #8e8c9bbc
 def step_products(

@@ -8,7 +8,7 @@ __all__ = ['score_split', 'identity_calls', 'score_run', 'RunResult', 'train_run
 # %% ../../nbs/80_train/04_runs.ipynb #6db29d19
 from dataclasses import asdict, dataclass
 
-from ..core import UserError, default_device, progress
+from ..core import UserError, default_device, need, progress
 from ..data.images import PixelCache
 from ..data.read import Split, detect, has_split, load_person, load_split
 from ..data.tokens import cut_note
@@ -142,6 +142,8 @@ def train_run(
 def _check(cfg, train, truth, root):
     "What can be known to fail before an image is read."
     check_rows(cfg.labels, len(train.images), len(train.captions))
+    if cfg.optim.lora:
+        need("peft", "peft")
     if cfg.labels.source == "person" and truth is None:
         raise UserError(
             f"the supervised preset needs people in the annotation, and {root} has none: "
