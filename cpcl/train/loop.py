@@ -10,7 +10,6 @@ import contextlib
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from ..core import Stopwatch, UserError, seed_everything
 from ..data.images import PixelCache
