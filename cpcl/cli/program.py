@@ -10,7 +10,8 @@ import contextlib, io, logging, os, signal, sys, warnings
 
 import tyro
 
-from .errors import escaped_output, explain, flush_output, parse_error, reader_gone, stoppable
+from .errors import escaped_output, explain, flush_output, no_more_signals, parse_error
+from .errors import reader_gone, stoppable
 from .files import Convert, Doctor, Export, Pretrain, Synth
 from .searching import App, Index, Search
 from .training import Ablate, Demo, Eval, Train
@@ -111,6 +112,7 @@ def main(
         try:
             return _run(args or ["--help"])
         except BaseException as e:
+            no_more_signals()
             if isinstance(e, BrokenPipeError) and reader_gone():
                 return 128 + signal.SIGPIPE
             ending = explain(e, came, args[0] if args else "")
