@@ -404,6 +404,63 @@ def test_an_error_of_the_user_is_printed_once(root, tmp_path, promise):
     assert not (tmp_path / "run").exists()
 
 
+def machines(tmp_path, *commands):
+    "A training as on several machines, each with a torchrun and words of its own: (status, errors)."
+    script = tmp_path / "noted.py"
+    script.write_text(SCRIPT)
+    meet = (
+        f"--nnodes {len(commands)} --nproc_per_node 1 --rdzv_backend c10d --rdzv_id x --local_addr localhost"
+    )
+    by = [*meet.split(), "--rdzv_endpoint", f"localhost:{free_port()}"]
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *by, str(script)],
+            env=environment(WORDS=json.dumps([str(w) for w in words])),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for words in commands
+    ]
+    return [(process.communicate(timeout=300)[1], process.returncode)[::-1] for process in begun]
+
+
+@pytest.mark.slow
+def test_two_machines_with_disks_of_their_own(runs, root, tmp_path, promise):
+    promise("two torchruns, with data in different places and one run folder, make the run of one process")
+    import shutil
+
+    copy, train = shutil.copytree(root, tmp_path / "there"), ["train", *SETTINGS]
+    here, there = (
+        [*train, "--root", where, "--out", tmp_path / out] for where, out in ((root, "run"), (copy, "no"))
+    )
+    found = machines(tmp_path, here, there)
+    assert [status for status, _ in found] == [0, 0], found
+    assert not (tmp_path / "no").exists()
+    for a, b in zip(read_history(runs(1)[0]), read_history(tmp_path / "run"), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-9 * a["loss"] and a["clusters_txt"] == b["clusters_txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["settings.seed", "data.train"])
+def test_two_machines_that_differ(what, root, tmp_path, promise):
+    promise("machines whose settings or data differ end with one line before anything is written")
+    import shutil
+
+    words = ["train", *SETTINGS, "--root", root, "--out", tmp_path / "run"]
+    other = [*words, "--seed", "1"]
+    if what == "data.train":
+        copy = shutil.copytree(root, tmp_path / "there")
+        annotation = copy / "reid_raw.json"
+        annotation.write_text(annotation.read_text().replace("man", "woman", 1))
+        other = [str(copy) if w == root else w for w in words]
+    found = machines(tmp_path, words, other)
+    assert all(status != 0 for status, _ in found), found
+    said = [line for _, err in found for line in err.splitlines() if line.startswith("cpcl")]
+    assert len(said) == 2 and all(f"has another {what} than the first process" in line for line in said), said
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def execute(code, seconds=240):
     "Run code as the cells of a notebook, in a kernel."
     import nbclient, nbformat
