@@ -1,6 +1,6 @@
 "Several processes make the run of one: labels, memories, losses; and a process that dies ends the run."
 
-import json, os, subprocess, sys, time
+import json, multiprocessing, os, signal, subprocess, sys, time
 
 import numpy as np
 import pytest
@@ -296,6 +296,100 @@ def test_resumed_by_two_processes(runs, root, tmp_path, promise):
         assert abs(a["loss"] - b["loss"]) < 1e-9 * a["loss"] and a["clusters_txt"] == b["clusters_txt"]
 
 
+def _begin(rank, file):
+    "Join two processes whose second group gives up after a second."
+    from datetime import timedelta
+    import cpcl.train.processes as processes
+
+    processes.MEET = timedelta(seconds=1)
+    _join(rank, file, 2)
+    torch.distributed.barrier()
+    return processes
+
+
+def _join(rank, file, world):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+
+
+def _waits(rank, file, say):
+    "Wait for a clustering that is longer than the limit; then the same without what `once` does about it."
+    processes = _begin(rank, file)
+
+    def cluster():
+        time.sleep(2)
+        return "labels"
+
+    say.send(processes.once(cluster))
+    try:
+        box = [cluster()] if rank == 0 else [None]
+        torch.distributed.broadcast_object_list(box, group=processes.beside())
+    except RuntimeError as e:
+        say.send(processes._reason(e))
+
+
+def _dies(rank, file, say, victim):
+    "One of two processes dies while the first clusters and the second waits."
+    from cpcl.core import UserError
+
+    processes = _begin(rank, file)
+    processes.beside()
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        with processes.others_needed():
+            if rank == victim == 1:
+                die()
+            processes.once(lambda: time.sleep(1) or (victim == 0 and die()))
+    except UserError as e:
+        say.send(str(e))
+
+
+def pair(target, tmp_path, *args, world=2):
+    "Run a function in two processes: what each of them said, and its exit status."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cpcl.train.processes", "cpcl.search.build", "test_processes"])
+    begun, meet = [], str(tmp_path / f"meet{time.perf_counter_ns()}")
+    for rank in range(world):
+        hear, say = context.Pipe(duplex=False)
+        process = context.Process(target=target, args=(rank, meet, say, *args))
+        process.start()
+        say.close()
+        begun.append((process, hear))
+    return [_heard(*one) for one in begun]
+
+
+def _heard(process, hear):
+    process.join(60)
+    assert process.exitcode is not None, "the process hangs"
+    said = []
+    while hear.poll():
+        try:
+            said.append(hear.recv())
+        except EOFError:
+            break
+    return said, process.exitcode
+
+
+def test_waiting_for_the_first_process_has_no_limit(tmp_path, promise):
+    promise("processes wait for the first one's clustering longer than any limit of their groups")
+    (first, _), (second, _) = pair(_waits, tmp_path)
+    assert first[0] == second[0] == "labels"
+    assert second[1].startswith("Timed out waiting 1000ms"), second  # there was a limit
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_while_another_waits(victim, tmp_path, promise):
+    promise("a process that dies ends the others with one line, also while they wait for it")
+    begin = time.perf_counter()
+    found = pair(_dies, tmp_path, victim)
+    assert found[victim] == ([], -signal.SIGKILL)
+    ([line], status) = found[1 - victim]
+    assert status == 0 and line.startswith("lost the other processes (") and "--resume" in line
+    assert time.perf_counter() - begin < 30
+
+
 @pytest.mark.parametrize(
     "rank, how, traceback",
     [
@@ -312,12 +406,13 @@ def test_a_rank_that_dies_ends_the_run(rank, how, traceback, root, tmp_path, pro
         script,
         2,
         ["train", "--root", str(root), "--out", str(tmp_path / "run"), *SETTINGS],
-        seconds=120,
         DIES=rank,
         HOW=how,
     )
     assert done.returncode != 0 and traceback in done.stderr, done.stderr
-    assert time.perf_counter() - begin < 120
+    assert time.perf_counter() - begin < 240
+    lines = [line for line in done.stderr.splitlines() if line.startswith("cpcl")]
+    assert len(lines) == 1 and ("lost the other processes" in lines[0] or "stopped by SIGTERM" in lines[0])
 
 
 @pytest.mark.slow
@@ -335,6 +430,63 @@ def test_an_error_of_the_user_is_printed_once(root, tmp_path, promise):
         done.returncode != 0 and sum(line.startswith("cpcl: ") for line in done.stderr.splitlines()) == 1
     ), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def machines(tmp_path, *commands):
+    "A training as on several machines, each with a torchrun and words of its own: (status, errors)."
+    script = tmp_path / "noted.py"
+    script.write_text(SCRIPT)
+    meet = (
+        f"--nnodes {len(commands)} --nproc_per_node 1 --rdzv_backend c10d --rdzv_id x --local_addr localhost"
+    )
+    by = [*meet.split(), "--rdzv_endpoint", f"localhost:{free_port()}"]
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *by, str(script)],
+            env=environment(WORDS=json.dumps([str(w) for w in words])),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for words in commands
+    ]
+    return [(process.communicate(timeout=300)[1], process.returncode)[::-1] for process in begun]
+
+
+@pytest.mark.slow
+def test_two_machines_with_disks_of_their_own(runs, root, tmp_path, promise):
+    promise("two torchruns, with data in different places and one run folder, make the run of one process")
+    import shutil
+
+    copy, train = shutil.copytree(root, tmp_path / "there"), ["train", *SETTINGS]
+    here, there = (
+        [*train, "--root", where, "--out", tmp_path / out] for where, out in ((root, "run"), (copy, "no"))
+    )
+    found = machines(tmp_path, here, there)
+    assert [status for status, _ in found] == [0, 0], found
+    assert not (tmp_path / "no").exists()
+    for a, b in zip(read_history(runs(1)[0]), read_history(tmp_path / "run"), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-9 * a["loss"] and a["clusters_txt"] == b["clusters_txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["settings.seed", "data.train"])
+def test_two_machines_that_differ(what, root, tmp_path, promise):
+    promise("machines whose settings or data differ end with one line before anything is written")
+    import shutil
+
+    words = ["train", *SETTINGS, "--root", root, "--out", tmp_path / "run"]
+    other = [*words, "--seed", "1"]
+    if what == "data.train":
+        copy = shutil.copytree(root, tmp_path / "there")
+        annotation = copy / "reid_raw.json"
+        annotation.write_text(annotation.read_text().replace("man", "woman", 1))
+        other = [str(copy) if w == root else w for w in words]
+    found = machines(tmp_path, words, other)
+    assert all(status != 0 for status, _ in found), found
+    said = [line for _, err in found for line in err.splitlines() if line.startswith("cpcl")]
+    assert len(said) == 2 and all(f"has another {what} than the first process" in line for line in said), said
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def execute(code, seconds=240):
@@ -368,3 +520,148 @@ def test_a_rank_that_dies_in_a_notebook(root, tmp_path, promise):
             broken.replace("WORDS", repr((str(root), str(tmp_path / "run")))).replace("PORT", free_port()),
             120,
         )
+
+
+# --- an index that several processes build
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory):
+    "(a folder of 26 crops, one of them torn; a run folder with an untrained encoder)"
+    from PIL import Image
+    from cpcl.encoder import EncoderConfig, load_encoder, save_encoder
+    from cpcl.train import make_config
+    from cpcl.train.start import start_run
+
+    base = tmp_path_factory.mktemp("gallery")
+    (base / "crops").mkdir()
+    for i in range(26):
+        Image.new("RGB", (16, 40), (9 * i, 90, 250 - 9 * i)).save(base / "crops" / f"{i:02d}.jpg")
+    (base / "crops" / "07.jpg").write_bytes(b"torn")
+    start_run(base / "run", make_config("clip"), {})
+    torch.manual_seed(0)
+    encoder = load_encoder(EncoderConfig(pretrained="", height=48, width=24))
+    save_encoder(encoder, base / "run" / "last.safetensors")
+    return base / "crops", base / "run"
+
+
+def _builds(rank, file, say, world, crops, run, out, how, dies):
+    "Build an index; says how many images went through the encoder here, what was logged, what came back."
+    import cpcl.search.shares
+    from cpcl.encoder import Encoder
+    from cpcl.search.build import build_index
+
+    torch.set_num_threads(1)
+    cpcl.search.shares.AT_ONCE = 16  # two pieces
+    if world > 1:
+        _join(rank, file, world)
+    rows, lines, encode = [], [], Encoder.encode_image
+
+    def counted(self, x):
+        rows.append(len(x))
+        if dies == (rank, len(rows)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(self, x)
+
+    Encoder.encode_image = counted
+    made = build_index(crops, run, out, log=lines.append, together=True, batch_size=4, **how)
+    say.send((sum(rows), lines, made is None))
+
+
+def built(tmp_path, gallery, world, out, dies=None, **how):
+    "What `_builds` says, process by process."
+    said = pair(_builds, tmp_path, world, *gallery, tmp_path / out, how, dies, world=world)
+    assert dies or [status for _, status in said] == [0] * world, said
+    return [one for ((one,), _) in said] if not dies else said
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".faiss", ".parquet")}
+
+
+INDEX = "two processes build the index of one, file by file, each image encoded once"
+
+
+def test_two_processes_build_the_index_of_one(gallery, tmp_path, promise):
+    promise(INDEX, 2)
+    [(rows, lines, nothing)] = built(tmp_path, gallery, 1, "one")
+    (first, said, made), (second, silent, other) = built(tmp_path, gallery, 2, "two")
+    assert (rows, first + second, made, other, silent) == (25, 25, False, True, [])
+    assert first > 8 < second and said == lines and "1 unreadable (07.jpg)" in said[-1]
+    assert len(files_of(tmp_path / "one")) == 2
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")  # names hold checksums
+    again = built(tmp_path, gallery, 2, "two")
+    assert [n for n, *_ in again] == [0, 0] and "0 encoded, 25 kept" in again[0][1][-1]
+
+
+@pytest.mark.parametrize("dies", [pytest.param((0, 2), marks=pytest.mark.slow), (1, 2)])
+def test_a_build_of_two_processes_that_is_killed(dies, gallery, tmp_path, promise):
+    promise("a build of two processes in which one is killed leaves the old index intact")
+    import shutil
+    from cpcl.search.build import open_store
+
+    crops = shutil.copytree(gallery[0], tmp_path / "crops")
+    for i in range(6, 26):
+        (crops / f"{i:02d}.jpg").rename(tmp_path / f"{i:02d}.jpg")
+    built(tmp_path, (crops, gallery[1]), 1, "index")
+    before = files_of(tmp_path / "index")
+    for i in range(6, 26):
+        (tmp_path / f"{i:02d}.jpg").rename(crops / f"{i:02d}.jpg")
+    found = built(tmp_path, (crops, gallery[1]), 2, "index", dies=dies)
+    assert found[dies[0]][1] == -signal.SIGKILL and found[1 - dies[0]][1] == 1
+    assert files_of(tmp_path / "index") == before and len(open_store(tmp_path / "index")[1]) == 6
+    (_, lines, _), _ = built(tmp_path, (crops, gallery[1]), 2, "index")
+    assert "19 encoded, 6 kept" in lines[-1]
+    assert len(open_store(tmp_path / "index")[1]) == 25
+
+
+@pytest.fixture
+def server(tmp_path):
+    "The address of a Milvus that answers on a port: Milvus Lite's engine, which several processes reach."
+    from milvus_lite.server import Server
+
+    port = free_port()
+    milvus = Server(str(tmp_path / "server.db"), f"localhost:{port}")
+    assert milvus.init() and milvus.start()
+    yield f"http://localhost:{port}"
+    milvus.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["file", "server"])
+def test_two_processes_fill_a_store(kind, gallery, tmp_path, server, promise):
+    promise("all processes add to a Milvus server, the first alone to a file of Milvus Lite; it goes on")
+    from cpcl.search.build import open_store
+
+    address = server if kind == "server" else str(tmp_path / "one.db")
+    found = built(tmp_path, gallery, 2, "index", dies=(1, 3), store=f"milvus:{address}")
+    assert found[1][1] == -signal.SIGKILL
+    (first, lines, _), (second, _, _) = built(tmp_path, gallery, 2, "index", store=f"milvus:{address}")
+    kept = 25 - first - second  # the first piece had reached the server
+    assert kept >= 12 and f"{25 - kept} encoded, {kept} kept" in lines[-1], lines
+    built(tmp_path, gallery, 1, "files")
+    served, files = (open_store(tmp_path / name)[1] for name in ("index", "files"))
+    paths = list(files.rows.path)
+    assert list(served.table().path) == paths and len(served) == 25
+    assert np.allclose(served.take(paths), files.take(paths), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_index_from_the_shell(gallery, tmp_path, promise):
+    promise(INDEX)
+    built(tmp_path, gallery, 1, "one")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            # torchrun has a --run-path and takes --run for its beginning, but not after a --
+            *("--master_port", free_port(), "-m", "--", "cpcl.cli", "index", str(gallery[0])),
+            *("--run", str(gallery[1]), "--out", str(tmp_path / "two"), "--batch-size", "4"),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("next: cpcl search") == done.stdout.count("25 encoded") == 1, done.stdout
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")

@@ -19,7 +19,7 @@ from cpcl.encoder import Encoder, EncoderConfig, features, load_encoder
 from cpcl.encoder.weights import read_header
 from cpcl.hcm import HCMConfig
 from cpcl.hub import CPCL
-from cpcl.search.build import encode_images
+from cpcl.search.shares import encode_images
 from cpcl.synth.dataset import write_synth
 from cpcl.train import load_run, make_config, train_run
 from cpcl.train.checkpoint import read_config

@@ -15,6 +15,7 @@ from cpcl.cli.errors import (
     escaped_output,
     explain,
     flush_output,
+    no_more_signals,
     parse_error,
     reader_gone,
     stoppable,
@@ -119,6 +120,7 @@ def main(
         try:
             return _run(args or ["--help"])
         except BaseException as e:
+            no_more_signals()
             if isinstance(e, BrokenPipeError) and reader_gone():
                 return 128 + signal.SIGPIPE
             ending = explain(e, came, args[0] if args else "")

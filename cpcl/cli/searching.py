@@ -20,7 +20,7 @@ class Index:
     """Make a folder of person crops searchable, or bring its index up to date.
 
     Only what is new or changed is encoded, also when the images were moved. What is left out is counted by
-    its reason. For images you have the right to search."""
+    its reason. Under torchrun every process encodes a share. For images you have the right to search."""
 
     folder: tyro.conf.Positional[str]  # folder of crops, with all folders below it
     encoder: Annotated[str, tyro.conf.arg(name="run")]  # run folder, or the folder of a published model
@@ -36,8 +36,11 @@ class Index:
         "Build it and say what to do next."
         check_ranges(self)
         from cpcl.search.build import build_index
+        from cpcl.train.processes import launched, start_processes
 
-        build_index(
+        if together := launched():
+            start_processes()
+        made = build_index(
             self.folder,
             self.encoder,
             self.out,
@@ -46,7 +49,10 @@ class Index:
             self.workers,
             store=self.store,
             device=self.device,
+            together=together,
         )
+        if not made:  # another process than the first
+            return 0
         from cpcl.files import printable
 
         place = printable(shlex.quote(self.out))

@@ -112,9 +112,10 @@ def build(
     out,  # folder of the index
     columns=None,  # CSV file or DataFrame with a column `path`
     **kwargs,
-) -> Index:
+) -> Index:  # None in the other processes if several build it together
     "Encode what is new or changed, drop what is gone (as `build_index`)."
-    return cls(*build_index(folder, run, out, columns, **kwargs))
+    made = build_index(folder, run, out, columns, **kwargs)
+    return cls(*made) if made else None
 
 # %% ../../nbs/search/07_index.ipynb #7a7e4b83
 MAX_QUERY = 2000  # characters

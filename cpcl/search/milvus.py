@@ -173,10 +173,15 @@ class MilvusStore:
             self.collection, filter=filter, output_fields=fields, consistency_level="Strong", **kwargs
         )
 
-    def _make(self, width):
-        "Make the collection and its index."
+    def ready(
+        self,
+        width: int,  # numbers per vector
+    ):
+        "Make the collection and its index unless they are there."
         from pymilvus import DataType
 
+        if self.exists():
+            return
         schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("id", DataType.INT64, is_primary=True)
         schema.add_field("path", DataType.VARCHAR, max_length=8192)
@@ -243,8 +248,7 @@ def add(
     "Put rows on the server, in place of those with the same path."
     if not len(rows):
         return
-    if not self.exists():
-        self._make(x.shape[1])
+    self.ready(x.shape[1])
     columns = [c for c in rows if c not in ("path", "size", "mtime_ns")]
     data = [
         dict(
@@ -259,6 +263,12 @@ def add(
     ]
     for i in range(0, len(data), AT_ONCE):
         self.client.upsert(self.collection, data[i : i + AT_ONCE])
+    self._known = None
+
+
+@patch
+def forget(self: MilvusStore):
+    "Read the table again when it is asked for, because other processes have added rows."
     self._known = None
 
 

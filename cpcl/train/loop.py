@@ -17,7 +17,7 @@ from ..data.batches import loader_workers, pair_loader
 from ..data.read import Split
 from ..encoder.frozen import freeze
 from ..encoder.lora import add_adapters
-from ..encoder.weights import load_encoder, read_header, save_encoder
+from ..encoder.weights import read_header, save_encoder
 from ..files import expect, read_json, user_path, write_json
 from ..hcm import hcm_loss
 from cpcl.train.checkpoint import (
@@ -45,15 +45,17 @@ from cpcl.train.labels import (
 )
 from cpcl.train.processes import (
     once,
+    others_needed,
     prepare_encoder,
     share,
     shared_features,
     start_processes,
     step_products,
 )
-from .start import data_facts, held_run, start_run, weights_of
+from .start import data_facts, first_encoder, held_run, same_run_everywhere, start_run, weights_of
 
 # %% ../../nbs/80_train/03_loop.ipynb #72028035
+@others_needed()
 def fit(
     cfg: TrainConfig,  # the run
     train: Split,  # images and captions, no people
@@ -77,9 +79,9 @@ def fit(
     check_compiler(cfg.optim, accelerator.device)
     seed_everything(cfg.seed)
     run, log, device = user_path(run), log if first else _silent, accelerator.device
-    loss, labels, encoder = load_function(loss), load_function(labels), load_encoder(cfg.encoder, log)
+    loss, labels, encoder = load_function(loss), load_function(labels), first_encoder(cfg.encoder, log)
     with held_run(run, train.root):
-        once(lambda: _open(run, cfg, data or data_facts(train), resume, hooks))
+        _open(run, cfg, data or data_facts(train), resume, hooks, half)
         scaler = Scaler(half, device)
         encoder, optimizer, history = _restore(cfg, encoder, scaler, run, resume, device, log)
         model, writer = _model(cfg, encoder, accelerator), _TensorBoard(run) if first else None
@@ -198,9 +200,16 @@ def _silent(line):
     "Processes other than the first log nothing."
 
 
-def _open(run, cfg, data, resume, hooks):
+def _open(run, cfg, data, resume, hooks, half):
+    "Open the run folder in the first process, once all of them would make the same run of it."
+    data = data | dict(weights=weights_of(cfg.encoder))
+    same_run_everywhere(cfg, data, hooks, resume=resume, half=str(half))
+    once(lambda: _write_down(run, cfg, data, resume, hooks))
+
+
+def _write_down(run, cfg, data, resume, hooks):
     "The run folder, with its settings, and the versions and commands of this start and of those before."
-    start_run(run, cfg, data | dict(weights=weights_of(cfg.encoder)), resume, hooks)
+    start_run(run, cfg, data, resume, hooks)
     path = run / "environment.json"
     earlier = _earlier(path) if path.is_file() else []
     write_json(path, environment() | ({"earlier": earlier} if earlier else {}))

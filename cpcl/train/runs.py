@@ -24,7 +24,7 @@ from .compiled import check_compiler
 from .config import make_config
 from .labels import check_rows, epoch_labels
 from .loop import fit, hook_names
-from .processes import once, shared_features, start_processes
+from .processes import once, others_needed, shared_features, start_processes
 from .start import check_run, data_facts, run_folder, weights_of
 
 # %% ../../nbs/80_train/04_runs.ipynb #a7c5c6c4
@@ -86,6 +86,7 @@ class RunResult:
         return asdict(self)
 
 # %% ../../nbs/80_train/04_runs.ipynb #9a51fb27
+@others_needed()
 def train_run(
     root,  # folder of a data set
     run,  # run folder
@@ -128,17 +129,21 @@ def train_run(
         _read_images(caches.values())
     held = _validate if "val" in held_out else None
     fit(cfg, train, run, held, quality, truth, resume, caches["train"], workers, log, loss, labels, data)
-    if not first:
-        return None
+    result = once(lambda: _result(run, train, held_out, caches, preset=preset, seed=seed))
+    return result if first else None
+
+# %% ../../nbs/80_train/04_runs.ipynb #ee34486c
+def _result(run, train, held_out, caches, **facts):
+    "The scores of a run on test, written down."
     split = "test" if "test" in held_out else "train"
     best_by = "val mAP" if "val" in held_out else "no val: best = last"
     scores = score_run(run, held_out.get("test", train), caches[split])
-    result = RunResult(**scores, preset=preset, seed=seed, split=split, best_by=best_by)
+    result = RunResult(**scores, **facts, split=split, best_by=best_by)
     with run_folder(run) as run:
         write_json(run / "result.json", result.as_dict())
     return result
 
-# %% ../../nbs/80_train/04_runs.ipynb #ee34486c
+
 def _check(cfg, train, truth, root):
     "What can be known to fail before an image is read."
     check_rows(cfg.labels, len(train.images), len(train.captions))
