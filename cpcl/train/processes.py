@@ -87,12 +87,22 @@ def beside():  # a process group
         try:
             _Beside.group = dist.new_group(backend="gloo", timeout=MEET)
         except RuntimeError as e:
-            raise UserError(
-                f"the processes do not reach each other ({_reason(e)}): on several machines set "
-                "GLOO_SOCKET_IFNAME to the name of the network that connects them, e.g. eth0"
-            ) from None
+            raise _out_of_reach(e) from None
         _Beside.of = dist.group.WORLD
     return _Beside.group
+
+
+def _out_of_reach(error):
+    "The error for processes that torch could not connect."
+    return UserError(
+        f"the processes do not reach each other ({_reason(error)}): on several machines set "
+        "GLOO_SOCKET_IFNAME to the name of the network that connects them, e.g. eth0"
+    )
+
+
+def _is_about_others(error):
+    "Whether an error comes from the connection to the other processes."
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _reason(error):
@@ -122,7 +132,7 @@ def others_needed():
     try:
         yield
     except RuntimeError as e:
-        if not several() or not (isinstance(e, dist.DistError) or "/gloo/" in str(e)):
+        if not several() or not _is_about_others(e):
             raise
         raise UserError(
             f"lost the other processes ({_reason(e)}): one of them has ended, and its own last lines say "
@@ -273,6 +283,10 @@ def _accelerator(log):
                 f"accelerate does not start ({str(e).splitlines()[0]}): unset ACCELERATE_USE_CPU, or restart "
                 "the notebook's kernel if it has used another Accelerator"
             ) from None
+        except RuntimeError as e:
+            if not _is_about_others(e):
+                raise
+            raise _out_of_reach(e) from None
 
 
 def prepare_encoder(
