@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import tyro
 from fastcore.basics import patch
 
-from .flags import Range, Repeated, check_ranges, flat
+from .flags import Range, Repeated, check_ranges, flat, number_or
 
 # %% ../../nbs/cli/01_training.ipynb #4f65fc4b
 def flag_settings(
@@ -115,7 +115,7 @@ def _check(self: Train):
     from cpcl.core import UserError
 
     check_ranges(self)
-    _processes(self.workers)
+    number_or("auto", self.workers, "--workers")
     if self.model != "tiny" and not self.pretrained:
         raise UserError(
             f"--model {self.model} needs --pretrained: a tag such as openai, or a file "
@@ -123,18 +123,6 @@ def _check(self: Train):
         )
     if self.data != "auto" and not self.root:
         raise UserError(f"--data {self.data} needs --root: the folder of the data set")
-
-
-def _processes(workers):
-    "The number of loader processes, or auto. Raises UserError for anything else."
-    from cpcl.core import UserError
-    from cpcl.files import short
-
-    if workers == "auto":
-        return workers
-    if not str(workers).isdecimal():
-        raise UserError(f"--workers must be 0 or more, or auto, got {short(workers)}")
-    return int(workers)
 
 
 def _encoder(
@@ -172,7 +160,7 @@ def run(self: Train) -> int:  # exit status
         seed=self.seed,
         changes=flag_settings(self.epochs, self.batch_size, self.lr, self.set, self.model),
         resume=self.resume,
-        workers=_processes(self.workers),
+        workers=number_or("auto", self.workers, "--workers"),
         cache=self.cache,
         **own,
     )

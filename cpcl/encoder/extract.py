@@ -35,7 +35,7 @@ def encode_rows(
     for batch in progress(loader, desc):
         row = torch.as_tensor(batch["row"])
         x = encode(batch[key].to(device, non_blocking=True))
-        out[row.to(device, non_blocking=True)] = x.to(device, dtype)
+        out[row.to(out.device, non_blocking=True)] = x.to(out.device, dtype)
         seen[row] += 1
     out, seen = add_up(out).cpu(), add_up(seen).cpu()
     wrong = (seen != 1).nonzero()

@@ -84,7 +84,7 @@ def fit(
         _open(run, cfg, data or data_facts(train), resume, hooks, half)
         scaler = Scaler(half, device)
         encoder, optimizer, history = _restore(cfg, encoder, scaler, run, resume, device, log)
-        model, writer = _model(cfg, encoder, accelerator), _TensorBoard(run) if first else None
+        model, writer = _model(cfg, encoder, accelerator, log), _TensorBoard(run) if first else None
         pixels, workers = _pixels(cache, train, encoder, workers, cfg, log)
         for epoch in range(len(history), cfg.optim.epochs):
             watch, report, judged = Stopwatch(), None, {}
@@ -190,10 +190,12 @@ def _pixels(cache, train, encoder, workers, cfg, log):
     return cache, loader_workers(workers, cache, max(FEATURE_ROWS, cfg.optim.batch_size), log)
 
 
-def _model(cfg, encoder, accelerator):
+def _model(cfg, encoder, accelerator, log):
     "What a step calls."
-    towers = CompiledTowers(encoder) if cfg.optim.compile else encoder
-    return prepare_encoder(accelerator, towers)
+    if not cfg.optim.compile:
+        return prepare_encoder(accelerator, encoder)
+    log("optim.compile: the first steps of each length of captions wait for the compiler")
+    return prepare_encoder(accelerator, CompiledTowers(encoder))
 
 
 def _silent(line):
