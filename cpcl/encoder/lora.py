@@ -29,6 +29,7 @@ def _attention():
             self.base_layer.out_proj._disable_adapters = True  # its change is in the weight of the call
 
         def forward(self, *args, **kwargs):
+            "As the base layer's, with its weights changed for this call."
             changed, out = self.base_layer, self.base_layer.out_proj
             weights = {
                 "in_proj_weight": changed.in_proj_weight + self.get_delta_weight(NAME),
