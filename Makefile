@@ -28,6 +28,8 @@ demo: install ## train on the sample set and print the table (minutes, no GPU)
 
 export XDG_CACHE_HOME := $(CURDIR)/.cache
 export NUMBA_CACHE_DIR := $(CURDIR)/.cache/numba
+# how users run it: buffered output, modules compiled to files
+unexport PYTHONUNBUFFERED PYTHONDONTWRITEBYTECODE
 # two test processes of two threads each must not spin beside one another
 export OMP_WAIT_POLICY ?= passive
 

@@ -9,10 +9,13 @@ __all__ = ['OPLMConfig', 'mine_images', 'mine_captions', 'mine']
 from dataclasses import dataclass
 from typing import Literal
 
+import numba
 import numpy as np
 
-from .core import UserError, check_features, check_labels, progress
-from .cluster.dots import pair_dots
+from .core import UserError, check_features, check_labels
+from .cluster.dots import exact_dot
+from .cluster.kernels import turns
+from .cluster.machine_code import compiled
 
 # %% ../nbs/40_oplm.ipynb #6f186b02
 @dataclass(frozen=True)
@@ -33,52 +36,51 @@ class OPLMConfig:
         if self.support < 1:
             raise UserError(f"support counts candidates and must be 1 or more, got {self.support!r}")
 
-# %% ../nbs/40_oplm.ipynb #90ba3588
-def _last_of_each(values):
-    "Where runs of equal values end: bool, True at the last of each."
-    return np.r_[np.diff(values) != 0, np.ones(min(1, len(values)), bool)]
-
-
-def _meetings(rows, groups, cand_rows, cand_groups):
-    "Yield (row, candidate) pairs that share a group, four million at a time, a row's together."
-    order = np.lexsort((cand_rows, cand_groups))
-    cand_rows, cand_groups = cand_rows[order], cand_groups[order]
-    order = np.argsort(rows, kind="stable")
-    rows, groups = rows[order], groups[order]
-    first = np.searchsorted(cand_groups, groups)
-    count = np.searchsorted(cand_groups, groups, "right") - first
-    ends = np.flatnonzero(_last_of_each(rows)) + 1  # after the last membership of each row
-    batch = np.cumsum(count)[ends - 1] // 2**22
-    start = 0
-    for stop in progress(ends[_last_of_each(batch)], "mining"):
-        c = count[start:stop]
-        inside = np.arange(c.sum()) - np.repeat(np.cumsum(c) - c, c)  # 0, 1, .. within each membership
-        yield np.repeat(rows[start:stop], c), cand_rows[np.repeat(first[start:stop], c) + inside]
-        start = stop
-
-# %% ../nbs/40_oplm.ipynb #f3d90153
-def _supported(row, label, cand, support):
-    "bool `[n]`: does the row meet so many different candidates of this label?"
-    met = np.unique(np.stack([row, label, cand]), axis=1)[:2]  # a candidate met twice is one
-    pairs, votes = np.unique(met, axis=1, return_counts=True)
-    width = label.max(initial=0) + 1
-    enough = pairs[:, votes >= support]
-    return np.isin(row * width + label, enough[0] * width + enough[1])
+# %% ../nbs/40_oplm.ipynb #e301bc67
+@compiled
+def _ask(x, labels, who, begin, groups, first, members, least, support, lanes, mined):
+    "`mined[who[r]]` becomes the label of the nearest member of the groups `groups[begin[r]:begin[r + 1]]`."
+    n, clusters = len(labels), labels.max() + 1
+    for lane in numba.prange(lanes):
+        met, stamp, votes = np.full(n, -1), np.full(clusters, -1), np.zeros(clusters, np.int64)
+        near, sim = np.empty(n, np.int64), np.empty(n, np.float32)
+        for r in turns(lane, lanes, 0, len(who)):
+            row, found, best = who[r], 0, -1
+            for a in range(begin[r], begin[r + 1]):
+                for b in range(first[groups[a]], first[groups[a] + 1]):
+                    c = members[b]
+                    if met[c] == row:  # in an earlier group
+                        continue
+                    met[c] = row
+                    s = np.float32(exact_dot(x[row], x[c]))
+                    if s < least:
+                        continue
+                    near[found], sim[found] = c, s
+                    found += 1
+                    votes[labels[c]] = 1 + (votes[labels[c]] if stamp[labels[c]] == row else 0)
+                    stamp[labels[c]] = row
+            for f in range(found):
+                if votes[labels[near[f]]] < support:
+                    continue
+                if best < 0 or sim[f] > sim[best] or (sim[f] == sim[best] and near[f] < near[best]):
+                    best = f
+            if best >= 0:
+                mined[row] = labels[near[best]]
 
 # %% ../nbs/40_oplm.ipynb #269233c0
 def _adopt(x, labels, rows, groups, cand_rows, cand_groups, min_sim, support=1):
     "New labels: outliers in `rows` take that of the most similar candidate in their groups."
-    mined = labels.copy()
-    for row, cand in _meetings(rows, groups, cand_rows, cand_groups):
-        sim = pair_dots(x, row, cand).astype(np.float32)
-        if min_sim is not None:
-            row, cand, sim = (a[sim >= min_sim] for a in (row, cand, sim))
-        if support > 1:
-            row, cand, sim = (a[_supported(row, labels[cand], cand, support)] for a in (row, cand, sim))
-        order = np.lexsort((cand, -sim, row))
-        row, cand = row[order], cand[order]
-        best = np.r_[True, row[1:] != row[:-1]][: len(row)]
-        mined[row[best]] = labels[cand[best]]
+    mined = np.array(labels, np.int64)
+    if not len(rows) or not len(cand_rows):
+        return mined
+    order = np.argsort(rows, kind="stable")
+    who, begin = np.unique(rows[order], return_index=True)
+    members = np.argsort(cand_groups, kind="stable")
+    first = np.searchsorted(cand_groups[members], np.arange(max(groups.max(), cand_groups.max()) + 2))
+    least = np.float32(-np.inf if min_sim is None else min_sim)
+    walks = who, np.r_[begin, len(rows)], groups[order], first, cand_rows[members]
+    features = np.ascontiguousarray(x, np.float32)
+    _ask(features, mined.copy(), *walks, least, int(support), numba.get_num_threads(), mined)
     return mined
 
 # %% ../nbs/40_oplm.ipynb #0c791503

@@ -10,6 +10,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# Python's own switches of this shell: with them the processes started here would not be those of a user
+for name in (
+    "PYTHONUNBUFFERED",
+    "PYTHONDONTWRITEBYTECODE",
+    "PYTHONOPTIMIZE",
+    "PYTHONWARNINGS",
+    "PYTHONHASHSEED",
+):
+    os.environ.pop(name, None)
+
 KEPT = pytest.StashKey()
 
 

@@ -283,9 +283,11 @@ def test_a_closed_pipe_ends_quietly(words, things, tmp_path, promise):
     assert (done.returncode, err) == (141, ""), err
 
 
-def test_a_full_disk_behind_the_output_is_one_line(things):
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_full_disk_behind_the_output_is_one_line(things, unbuffered, monkeypatch):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)  # "": Python would write the rest when it ends
     with open("/dev/full", "w") as full:
         done = process("doctor", things / "set", stdout=full)
         _, err = done.communicate(timeout=100)

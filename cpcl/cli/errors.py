@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'SIGNALS', 'AGAIN', 'FULL', 'REMEDY', 'one_line', 'parse_error', 'Stopped', 'stoppable', 'no_more_signals',
-           'escaped_output', 'reader_gone', 'flush_output', 'Ending', 'explain']
+           'escaped_output', 'reader_gone', 'flush_output', 'drop_output', 'Ending', 'explain']
 
 # %% ../../nbs/cli/00_errors.ipynb #77faafb5
 import contextlib, errno, os, re, select, signal, sys, threading, traceback
@@ -182,10 +182,15 @@ def reader_gone() -> bool:
     "Whether the reader of stdout or of stderr is gone. What is written there afterwards is lost in silence."
     gone = [s for s in (sys.stdout, sys.stderr) if s is not None and _is_gone(s)]
     for s in gone:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, s.fileno())
-        os.close(nowhere)
+        _to_nowhere(s)
     return bool(gone)
+
+
+def _to_nowhere(stream):
+    "What is in the buffer of a stream, and all that comes, is lost in silence."
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def flush_output():
@@ -193,6 +198,16 @@ def flush_output():
     for s in (sys.stdout, sys.stderr):
         if s is not None:
             s.flush()
+
+
+def drop_output():
+    "Drop what stdout and stderr cannot write, which Python would try again when it ends, with a complaint."
+    for s in (sys.stdout, sys.stderr):
+        try:
+            if s is not None:
+                s.flush()
+        except OSError:
+            _to_nowhere(s)
 
 # %% ../../nbs/cli/00_errors.ipynb #7b83dbe9
 _ROOM = "free some space or write elsewhere"

@@ -10,8 +10,16 @@ import contextlib, io, logging, os, signal, sys, warnings
 
 import tyro
 
-from .errors import escaped_output, explain, flush_output, no_more_signals, parse_error
-from .errors import reader_gone, stoppable
+from cpcl.cli.errors import (
+    drop_output,
+    escaped_output,
+    explain,
+    flush_output,
+    no_more_signals,
+    parse_error,
+    reader_gone,
+    stoppable,
+)
 from .files import Convert, Doctor, Export, Pretrain, Synth
 from .searching import App, Index, Search
 from .training import Ablate, Demo, Eval, Train
@@ -119,4 +127,5 @@ def main(
             if ending is None or debug:
                 raise
             _report(ending)
+            drop_output()
             return ending.status
