@@ -5,6 +5,7 @@ Stage by stage on random features of awkward kinds, and end to end on clustered 
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from sklearn.cluster import DBSCAN
 
@@ -12,7 +13,7 @@ from cpcl.cluster.labels import pseudo_labels
 from cpcl.core import unit
 from cpcl.cluster.dbscan import dbscan
 from cpcl.cluster.jaccard import jaccard_graph, slow_jaccard
-from cpcl.cluster.knn import knn, slow_knn
+from cpcl.cluster.knn import _device_knn, knn, slow_knn
 
 RADII = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -86,3 +87,20 @@ def test_end_to_end_on_clustered_sets(n):
     assert within == 0, "no distance may be so close to eps that rounding decides"
     assert want.max() > n / 20 and 0.05 < np.mean(want < 0) < 0.4
     assert np.array_equal(pseudo_labels(x), want)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", ["people", "uniform", "collapsed", "copies"])
+def test_labels_are_the_same_on_every_device(kind, device, promise, monkeypatch):
+    "A tensor is searched on its device in tiles; in CPU memory the same code runs when it is asked to."
+    promise("labels of features on a device equal those of the processor, whatever the tiles")
+    x = draw(kind, 700, 32, 5)
+    want, table = pseudo_labels(x, k1=20, eps=0.5), knn(x, 20)
+    given = torch.from_numpy(x).to(device)
+    if device == "cpu":
+        monkeypatch.setattr("cpcl.cluster.knn.tiled_knn", lambda x, k: _device_knn(torch.from_numpy(x), k))
+    for tile in (700 * 100, 2**26):
+        monkeypatch.setattr("cpcl.cluster.knn.TILE", tile)
+        assert all((a == b).all() for a, b in zip(knn(given, 20), table))
+        assert (pseudo_labels(given, k1=20, eps=0.5) == want).all()
+    assert kind != "people" or want.max() > 10

@@ -119,6 +119,7 @@ def _device_knn(X, k):
     x, rows = X.cpu().numpy(), np.arange(len(X))
 
     def propose(_, some, wide):
+        "Proposals for some rows."
         return _torch_knn(X, some, wide)
 
     near, sim, sure = _proposed_knn(x, rows, k, propose)

@@ -324,6 +324,7 @@ def build_index(
     images, folder = folder, _real(folder.root if isinstance(folder, Split) else folder)
 
     def scan():
+        "The rows of the images, and what is left out."
         check_folder(out, "index", is_index, (folder, run))
         found, left = scan_images(images, ignore=out)
         return with_columns(found, columns, folder, log), left.line()
