@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTIAL', 'UserError', 'seed_everything', 'keyed_rng', 'unit', 'at_least_float32', 'check_features', 'check_labels',
            'default_device', 'choose_device', 'forked', 'progress', 'Stopwatch', 'peak_memory', 'atomic_path',
-           'remove_partial_files', 'is_checkout', 'repo_root', 'need']
+           'remove_partial_files', 'is_checkout', 'repo_root', 'need', 'load_open_clip']
 
 # %% ../nbs/01_core.ipynb #4313895d
 import contextlib, errno, importlib, os, random, re, shutil, sys, tempfile, time
@@ -259,3 +259,14 @@ def need(
     except (ImportError, OSError) as e:
         why = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"cannot import {package} ({why}): pip install 'cpcl[{extra}]'") from e
+
+# %% ../nbs/01_core.ipynb #967474cd
+def load_open_clip():  # the module
+    "Import open_clip as if transformers were not installed."
+    if not {"open_clip", "transformers"} & sys.modules.keys():
+        sys.modules["transformers"] = None
+        try:
+            importlib.import_module("open_clip")
+        finally:
+            del sys.modules["transformers"]
+    return importlib.import_module("open_clip")

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..core import UserError, progress
+from ..core import UserError, load_open_clip, progress
 
 # %% ../../nbs/10_data/03_tokens.ipynb #86ace166
 END_OF_TEXT = 49407  # id of the token at which CLIP reads a caption's feature
@@ -22,6 +22,7 @@ CONTROL_WORDS = ("<start_of_text>", "<end_of_text>")  # what open_clip takes for
 @lru_cache(maxsize=1)
 def _tokenizer():
     "CLIP's tokenizer, to which <start_of_text> and <end_of_text> in a caption are words like any others."
+    load_open_clip()
     from open_clip.tokenizer import SimpleTokenizer, re as regex
 
     tokenizer = SimpleTokenizer()

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 
-from ..core import UserError, at_least_float32
+from ..core import UserError, at_least_float32, load_open_clip
 from ..data.images import CLIP_MEAN, CLIP_STD, USUAL_FILTER, check_filter, pixels_of, to_tensor
 from ..data.tokens import tokenize
 from ..files import expect, short
@@ -91,7 +91,7 @@ def architecture(
     image_size: tuple,  # (height, width) in pixels
 ) -> dict:  # an open_clip model configuration with that image size
     "The open_clip configuration of a model at an image size. Raises UserError if cpcl cannot use it."
-    import open_clip
+    open_clip = load_open_clip()
 
     image_size = check_size(image_size)
     _check_known(model, open_clip.list_models())
@@ -181,7 +181,7 @@ def usual_reading(
     model: str,  # "tiny" or an open_clip name
 ) -> Reading:
     "How an architecture of this name is built if nothing else is known (open_clip)."
-    import open_clip
+    open_clip = load_open_clip()
 
     cfg = {} if model == "tiny" else open_clip.get_model_config(model) or {}
     return Reading(bool(cfg.get("quick_gelu", False)))
@@ -192,6 +192,7 @@ def tag_reading(
     tag: str,  # e.g. "openai"
 ) -> Reading | None:  # None if it is no tag of that model
     "How the weights of a tag want to be read (open_clip's tables)."
+    load_open_clip()
     from open_clip.pretrained import get_pretrained_cfg
 
     said = get_pretrained_cfg(model, tag)
@@ -206,7 +207,7 @@ def patch_grid(
     image_size: tuple = None,  # (height, width) in pixels; None: as published
 ) -> tuple:  # (rows, columns)
     "The grid of patches of an architecture."
-    import open_clip
+    open_clip = load_open_clip()
 
     vision = (TINY if model == "tiny" else open_clip.get_model_config(model))["vision_cfg"]
     size = image_size or vision.get("image_size", 224)
@@ -316,7 +317,7 @@ class Encoder(nn.Module):
         resize: str = USUAL_FILTER,  # the filter that resizes its images, "bicubic" or "bilinear"
     ):
         super().__init__()
-        import open_clip
+        open_clip = load_open_clip()
 
         self.model, self.image_size, self.resize = model, tuple(image_size), check_filter(resize)
         cfg = architecture(model, self.image_size)

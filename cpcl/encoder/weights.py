@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import UserError, atomic_path, repo_root
+from ..core import UserError, atomic_path, load_open_clip, repo_root
 from ..data.images import USUAL_FILTER, check_filter
 from .lora import merged_weights
 from .others import possible_grids, towers_in, unwrapped
@@ -161,6 +161,7 @@ def fetch(
     file = user_path(cfg.pretrained)
     if file.is_file():
         return file
+    load_open_clip()
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
     source = get_pretrained_cfg(cfg.model, cfg.pretrained)
@@ -305,7 +306,7 @@ def _table_for(encoder, table, about, cfg):
 # %% ../../nbs/20_encoder/01_weights.ipynb #60ecf7ec
 def _remark(cfg, path, about, encoder, left, grid):
     "How weights were read, in one line. Empty if it is what the model's name and the file's header say."
-    import open_clip
+    open_clip = load_open_clip()
 
     reading, name, said = encoder.reading, printable(path), []
     if _is_tag(cfg) and reading != usual_reading(cfg.model):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import cpcl
-from ..core import is_checkout
+from ..core import is_checkout, load_open_clip
 from ..files import mask_secrets
 
 # %% ../../nbs/80_train/09_environment.ipynb #3e398128
@@ -77,7 +77,9 @@ def _command():
 
 def environment() -> dict:  # plain JSON values: versions, device, threads, commit, command
     "What a run is made with."
-    import open_clip, PIL
+    import PIL
+
+    open_clip = load_open_clip()
 
     return dict(
         cpcl=cpcl.__version__,
