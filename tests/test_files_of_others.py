@@ -246,7 +246,8 @@ def resume(base):
     cfg = make_config("clip", encoder=EncoderConfig("tiny", "", 16, 16))
     check_run(base / "run", cfg, dict(name="own", images=2, captions=3, train="0" * 16), resume=True)
     loop._earlier(base / "run" / "environment.json")
-    loop._restore(cfg, Encoder("tiny", (16, 16)), base / "run", True, torch.device("cpu"), lambda line: None)
+    encoder, cpu = Encoder("tiny", (16, 16)), torch.device("cpu")
+    loop._restore(cfg, encoder, loop.Scaler(), base / "run", True, cpu, lambda line: None)
 
 
 def score(base):
