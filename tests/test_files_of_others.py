@@ -247,7 +247,7 @@ def resume(base):
     check_run(base / "run", cfg, dict(name="own", images=2, captions=3, train="0" * 16), resume=True)
     loop._earlier(base / "run" / "environment.json")
     encoder, cpu = Encoder("tiny", (16, 16)), torch.device("cpu")
-    loop._restore(cfg, encoder, loop.Scaler(), base / "run", True, cpu, lambda line: None)
+    loop._restore(cfg, encoder, None, base / "run", True, cpu, lambda line: None)
 
 
 def score(base):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'MAX_SIDE', 'MAX_AREA', 'GROUP', 'check_size', 'EncoderConfig', 'architecture', 'Reading', 'usual_reading',
-           'tag_reading', 'patch_grid', 'resize_positions', 'SelfAttention', 'without_copies', 'by_length', 'Encoder']
+           'tag_reading', 'patch_grid', 'resize_positions', 'by_length', 'Encoder']
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #74e614cf
 import copy, difflib, inspect, os
@@ -22,6 +22,7 @@ from torch import nn
 from ..core import UserError, at_least_float32, load_open_clip
 from ..data.images import CLIP_MEAN, CLIP_STD, USUAL_FILTER, check_filter, pixels_of, to_tensor
 from ..data.tokens import tokenize
+from .attention import without_copies
 from ..files import expect, short
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #b33cf1ab
@@ -233,33 +234,6 @@ def resize_positions(
     grid = F.interpolate(grid, size=tuple(new), mode="bicubic", antialias=True, align_corners=False)
     grid = grid.permute(0, 2, 3, 1).reshape(new[0] * new[1], -1)
     return torch.cat([table[:1], grid.to(table.dtype)])
-
-# %% ../../nbs/20_encoder/00_towers.ipynb #bac56943
-class SelfAttention(nn.MultiheadAttention):
-    "`nn.MultiheadAttention`, batch first, whose queries, keys and values are views of one product."
-
-    def forward(self, query, key, value, need_weights=True, attn_mask=None, **others):
-        "As the parent, which takes over for tensors that differ, for a mask of bools, and for weights."
-        bools = attn_mask is not None and attn_mask.dtype == torch.bool
-        if others or need_weights or bools or key is not query or value is not query:
-            return super().forward(
-                query, key, value, need_weights=need_weights, attn_mask=attn_mask, **others
-            )
-        packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in packed.chunk(3, -1))
-        mask = attn_mask if attn_mask is None else attn_mask.to(q.dtype)
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(heads.transpose(1, 2).flatten(2)), None
-
-
-def without_copies(
-    model: nn.Module,  # open_clip's; changed in place
-):
-    "Make every plain self-attention of a model a `SelfAttention`."
-    for m in model.modules():
-        plain = type(m) is nn.MultiheadAttention and m.batch_first and not m.dropout
-        if plain and m._qkv_same_embed_dim and m.bias_k is None and not m.add_zero_attn:
-            m.__class__ = SelfAttention
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #3d4cf17f
 GROUP = 16  # captions that go through the text tower together on a CPU

@@ -112,24 +112,7 @@ def beside(
             process.kill()
             process.wait()
 
-# %% ../../nbs/lab/03_demo.ipynb #f29593de
-def demo(
-    out=None,  # folder of the runs; `runs/demo` of the checkout if not given; an older demo there is replaced
-    root=None,  # the sample set
-    changes: dict = None,  # settings, as `override` takes them
-    log=print,  # receives lines
-) -> pd.DataFrame:  # one row per method: R1 R5 R10 mAP mINP, seconds
-    "Train `clip` and `cpcl` on the sample set and compare them with the tiny CLIP as it is."
-    mini = sample_set(root)
-    out = user_path(out) if out else (repo_root() or Path(".")) / "runs" / "demo"
-    with claimed(out, "demo", _is_demo, [mini]) as out:
-        _remove_demo(out)
-        return _demo(out, mini, changes, log)
-
-
-_PRESETS = {"clip, fine-tuned on pairs": "clip", "cpcl": "cpcl"}
-
-
+# %% ../../nbs/lab/03_demo.ipynb #de300001
 def _one_by_one(out, mini, changes, log):
     "A row per preset."
     rows = {}
@@ -153,6 +136,23 @@ def _at_once(out, mini, changes, log):
         other, lines = end()
     log("\n".join(["\nclip:", *lines]))
     return {"clip": other, "cpcl": row}
+
+# %% ../../nbs/lab/03_demo.ipynb #f29593de
+def demo(
+    out=None,  # folder of the runs; `runs/demo` of the checkout if not given; an older demo there is replaced
+    root=None,  # the sample set
+    changes: dict = None,  # settings, as `override` takes them
+    log=print,  # receives lines
+) -> pd.DataFrame:  # one row per method: R1 R5 R10 mAP mINP, seconds
+    "Train `clip` and `cpcl` on the sample set and compare them with the tiny CLIP as it is."
+    mini = sample_set(root)
+    out = user_path(out) if out else (repo_root() or Path(".")) / "runs" / "demo"
+    with claimed(out, "demo", _is_demo, [mini]) as out:
+        _remove_demo(out)
+        return _demo(out, mini, changes, log)
+
+
+_PRESETS = {"clip, fine-tuned on pairs": "clip", "cpcl": "cpcl"}
 
 
 def _is_demo(folder):

@@ -75,16 +75,14 @@ def fit(
     hooks = hook_names(cfg, loss, labels)
     check_rows(cfg.labels, len(train.images), len(train.captions))
     accelerator, half = start_processes(cfg.optim.precision, cfg.optim.deterministic, log)
-    first = accelerator.is_main_process
     check_compiler(cfg.optim, accelerator.device)
     seed_everything(cfg.seed)
-    run, log, device = user_path(run), log if first else _silent, accelerator.device
+    run, log, device = user_path(run), _heard(log, accelerator), accelerator.device
     loss, labels, encoder = load_function(loss), load_function(labels), first_encoder(cfg.encoder, log)
     with held_run(run, train.root):
         _open(run, cfg, data or data_facts(train), resume, hooks, half)
-        scaler = Scaler(half, device)
-        encoder, optimizer, history = _restore(cfg, encoder, scaler, run, resume, device, log)
-        model, writer = _model(cfg, encoder, accelerator, log), _TensorBoard(run) if first else None
+        encoder, optimizer, scaler, history = _restore(cfg, encoder, half, run, resume, device, log)
+        model, writer = _model(cfg, encoder, accelerator, log), _writer(run, accelerator)
         pixels, workers = _pixels(cache, train, encoder, workers, cfg, log)
         for epoch in range(len(history), cfg.optim.epochs):
             watch, report, judged = Stopwatch(), None, {}
@@ -202,6 +200,11 @@ def _silent(line):
     "Processes other than the first log nothing."
 
 
+def _heard(log, accelerator):
+    "The function that receives lines in this process."
+    return log if accelerator.is_main_process else _silent
+
+
 def _open(run, cfg, data, resume, hooks, half):
     "Open the run folder in the first process, once all of them would make the same run of it."
     data = data | dict(weights=weights_of(cfg.encoder))
@@ -226,16 +229,16 @@ def _earlier(path):
         return []
 
 # %% ../../nbs/80_train/03_loop.ipynb #b61f20d9
-def _restore(cfg, encoder, scaler, run, resume, device, log):
-    "Encoder, optimiser and history as the run starts, or as it was left. The scaler is filled in place."
+def _restore(cfg, encoder, half, run, resume, device, log):
+    "Encoder, optimiser, scaler and history as the run starts, or as it was left."
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
     freeze(encoder, cfg.optim.freeze)
     add_adapters(encoder, cfg.optim.lora)
     encoder.clip.set_grad_checkpointing(cfg.optim.checkpointing)
-    optimizer = build_optimizer(encoder, cfg.optim)
+    optimizer, scaler = build_optimizer(encoder, cfg.optim), Scaler(half, device)
     found = once(lambda: newest_state(run, log) if resume else None)
     if found is None:
-        return encoder, optimizer, []
+        return encoder, optimizer, scaler, []
     tensors, facts = found
     if "history" not in facts:
         raise UserError(f"{run} was started by a version whose states hold no history: give another --out")
@@ -243,7 +246,7 @@ def _restore(cfg, encoder, scaler, run, resume, device, log):
     scaler.fill(facts)
     history = _history(facts, run)
     once(lambda: _repair(run, encoder, history))
-    return encoder, optimizer, history
+    return encoder, optimizer, scaler, history
 
 
 def _history(facts, run):
@@ -350,6 +353,11 @@ def _save_batches(run, train, e):
         f"{e}: their images and captions are in {path}, a smaller --lr or "
         "--set optim.precision=fp32 may help, in another --out"
     ) from e
+
+
+def _writer(run, accelerator):
+    "What receives numbers in this process: TensorBoard in the first, nothing in others."
+    return _TensorBoard(run) if accelerator.is_main_process else None
 
 
 class _TensorBoard:
