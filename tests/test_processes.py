@@ -226,6 +226,7 @@ def test_two_processes_with_compiled_towers_make_the_same_run(runs, promise):
     same_training(runs, 2, "optim.compile=true", "optim.chunk=3")
 
 
+@pytest.mark.slow
 def test_two_processes_with_adapters_make_the_same_run(runs, promise):
     promise(SAME)
     same_training(runs, 2, "optim.chunk=3", both=["optim.lora=4"])
