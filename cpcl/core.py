@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTIAL', 'UserError', 'seed_everything', 'keyed_rng', 'unit', 'at_least_float32', 'check_features', 'check_labels',
            'default_device', 'choose_device', 'forked', 'progress', 'Stopwatch', 'peak_memory', 'atomic_path',
-           'remove_partial_files', 'is_checkout', 'repo_root', 'need', 'load_open_clip']
+           'remove_partial_files', 'is_checkout', 'repo_root', 'need', 'cores', 'load_open_clip']
 
 # %% ../nbs/01_core.ipynb #4313895d
 import contextlib, errno, importlib, os, random, re, shutil, sys, tempfile, time
@@ -259,6 +259,13 @@ def need(
     except (ImportError, OSError) as e:
         why = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"cannot import {package} ({why}): pip install 'cpcl[{extra}]'") from e
+
+# %% ../nbs/01_core.ipynb #8a1c8175
+def cores() -> int:  # at least 1
+    "The processor cores that this process may use."
+    if hasattr(os, "sched_getaffinity"):  # neither on macOS nor on Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 # %% ../nbs/01_core.ipynb #967474cd
 def load_open_clip():  # the module

@@ -38,7 +38,7 @@ class OPLMConfig:
 
 # %% ../nbs/40_oplm.ipynb #e301bc67
 @compiled
-def _ask(x, labels, who, begin, groups, first, members, least, support, lanes, mined):
+def _nearest_met(x, labels, who, begin, groups, first, members, least, support, lanes, mined):
     "`mined[who[r]]` becomes the label of the nearest member of the groups `groups[begin[r]:begin[r + 1]]`."
     n, clusters = len(labels), labels.max() + 1
     for lane in numba.prange(lanes):
@@ -78,9 +78,9 @@ def _adopt(x, labels, rows, groups, cand_rows, cand_groups, min_sim, support=1):
     members = np.argsort(cand_groups, kind="stable")
     first = np.searchsorted(cand_groups[members], np.arange(max(groups.max(), cand_groups.max()) + 2))
     least = np.float32(-np.inf if min_sim is None else min_sim)
-    walks = who, np.r_[begin, len(rows)], groups[order], first, cand_rows[members]
+    memberships = who, np.r_[begin, len(rows)], groups[order], first, cand_rows[members]
     features = np.ascontiguousarray(x, np.float32)
-    _ask(features, mined.copy(), *walks, least, int(support), numba.get_num_threads(), mined)
+    _nearest_met(features, mined.copy(), *memberships, least, int(support), numba.get_num_threads(), mined)
     return mined
 
 # %% ../nbs/40_oplm.ipynb #0c791503

@@ -323,7 +323,7 @@ def _waits(rank, file, say):
     say.send(processes.once(cluster))
     try:
         box = [cluster()] if rank == 0 else [None]
-        torch.distributed.broadcast_object_list(box, group=processes.beside())
+        torch.distributed.broadcast_object_list(box, group=processes.cpu_group())
     except RuntimeError as e:
         say.send(processes._reason(e))
 
@@ -333,7 +333,7 @@ def _dies(rank, file, say, victim):
     from cpcl.core import UserError
 
     processes = _begin(rank, file)
-    processes.beside()
+    processes.cpu_group()
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)

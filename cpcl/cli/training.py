@@ -282,14 +282,12 @@ def _load(self: Eval):
 @patch
 def _scores(self: Eval, split, person):
     "Yield (name, a result per query, the person of each query)."
-    from functools import partial
     import numpy as np
+    from cpcl.core import choose_device
     from cpcl.encoder import features
-    from cpcl.encoder.reading import for_reading
     from cpcl.eval import evaluate, rerank, score_matrix
 
-    log = partial(print, file=sys.stderr)
-    img, txt = features(for_reading(self._load(), self.device, images=len(split.images), log=log), split)
+    img, txt = features(self._load().to(choose_device(self.device)), split)
     person = np.arange(len(img)) if person is None else person
     asked = person[split.image_of]
     yield "text to image", evaluate(img, txt, split.image_of, person), asked

@@ -13,7 +13,7 @@ from multiprocessing.queues import Queue
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..core import UserError
+from ..core import UserError, cores
 
 # %% ../../nbs/10_data/08_workers.ipynb #732c4b63
 @dataclass(frozen=True)
@@ -133,13 +133,6 @@ def _shared_bytes(loader):
 MOST = 8  # loader processes that are started without being asked for
 
 
-def _cores():
-    "The processor cores of this process."
-    if hasattr(os, "sched_getaffinity"):  # neither on macOS nor on Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _may_fork():
     "Whether processes start as copies of this one, and this one may have some."
     how = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
@@ -152,7 +145,7 @@ def usual_workers(
 ) -> int:
     "The loader processes of a program that decodes all the time, if nobody has said how many."
     here = _trainings_here()
-    wanted = max(0, min(_cores() // here - 1, MOST)) if _may_fork() else 0
+    wanted = max(0, min(cores() // here - 1, MOST)) if _may_fork() else 0
     room = _room()
     fits = wanted if room is None else max(0, (room[1] // (batch_bytes * here) - 1) // AHEAD)
     if wanted > fits and log:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core import UserError, choose_device
 from ..data import Split
-from ..encoder.reading import for_reading
+from ..encoder.reading import for_reading, is_half
 from ..files import check_folder, claimed, digest, mask_secrets, printable, user_path
 from .columns import few_values, with_columns
 from .gallery import scan_images
@@ -27,7 +27,7 @@ from .shares import encode_todo
 from .store import LocalStore, read_store
 from .vectors import EXACT_ROWS
 from ..train.checkpoint import encoder_file, load_run
-from ..train.processes import once, others_needed, place, same_everywhere, several
+from ..train.processes import heard, once, others_needed, same_everywhere, several
 
 # %% ../../nbs/search/05_build.ipynb #98ec5596
 TRIES = 20  # of an index that is written again while it is opened
@@ -221,28 +221,27 @@ class _How:
         return once(make) if self.together else make()
 
 
-def _begin(job, how, load, begun):
+def _begin(job, how, begun):
     "Open what there is, in the first process: (rows to encode, name on the server). `begun` receives it."
     start = _extend_or_start(job)
     begun.append(start)
     if start.old and start.old.folder != str(job.folder):
         moved = f"the images moved from {printable(start.old.folder)}"
         how.log(f"{moved}: {start.same.sum():,} vectors are used again")
-    todo = ~start.same & ~start.torn
-    if not job.address:
-        return todo, ""
-    if how.together and todo.any():
-        start.store.ready(load().width)
-    return todo, start.store.collection
+    return ~start.same & ~start.torn, start.store.collection if job.address else ""
 
 
 def _build(job, how):
     "Encode, write and report. Returns what `build_index` does."
-    images, begun = len(job.found), []
-    load = cache(lambda: for_reading(load_run(job.run), how.device, images=images, log=how.log))
-    todo, collection = how.once(lambda: _begin(job, how, load, begun))
+    begun, precision = [], "auto"
+    todo, collection = how.once(lambda: _begin(job, how, begun))
+    load = cache(lambda: for_reading(load_run(job.run), how.device, precision, int(todo.sum()), how.log))
+    if how.together and todo.any():  # the first process measures, and all read alike
+        precision = how.once(lambda: "half" if is_half(load()) else "fp32")
     each_adds = how.together and "://" in job.address
     store = begun[0].store if begun else MilvusStore(job.address, collection) if each_adds else None
+    if each_adds and todo.any():
+        how.once(lambda: store.ready(load().width))
     share = dict(together=how.together, each_adds=each_adds, log=how.log)
     done = encode_todo(store, job.found, todo, job.folder, load, how.batch_size, how.workers, **share)
     if each_adds:
@@ -286,10 +285,6 @@ def _real(path):
     return user_path(user_path(path).resolve())
 
 
-def _silent(line):
-    "Processes other than the first log nothing."
-
-
 @contextlib.contextmanager
 def _held(out, inputs, how):
     "Hold the folder of the index, in the first process."
@@ -318,8 +313,7 @@ def build_index(
     if min(batch_size, workers) < 1:
         raise UserError(f"batch_size and workers must be 1 or more, got {batch_size} and {workers}")
     choose_device(device)  # refused before anything is read
-    first = not together or place()["rank"] == 0
-    how = _How(batch_size, workers, device, log if first else _silent, together and several())
+    how = _How(batch_size, workers, device, heard(log) if together else log, together and several())
     address, run = _address(store), _real(run)
     images, folder = folder, _real(folder.root if isinstance(folder, Split) else folder)
 

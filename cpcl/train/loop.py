@@ -32,7 +32,7 @@ from .environment import environment
 from .epoch import NotFinite, build_memories, build_optimizer, no_memories, train_epoch
 from .half import Scaler
 from .health import ROWS, label_remarks, outlier_alarm, save_eps_figure
-from .history import EpochRow, epoch_line
+from .history import EpochRow, TensorBoard, epoch_line
 from .hooks import function_name, load_function
 from cpcl.train.labels import (
     Features,
@@ -44,8 +44,10 @@ from cpcl.train.labels import (
     true_labels,
 )
 from cpcl.train.processes import (
+    heard,
     once,
     others_needed,
+    place,
     prepare_encoder,
     share,
     shared_features,
@@ -77,12 +79,12 @@ def fit(
     accelerator, half = start_processes(cfg.optim.precision, cfg.optim.deterministic, log)
     check_compiler(cfg.optim, accelerator.device)
     seed_everything(cfg.seed)
-    run, log, device = user_path(run), _heard(log, accelerator), accelerator.device
+    run, log, device = user_path(run), heard(log), accelerator.device
     loss, labels, encoder = load_function(loss), load_function(labels), first_encoder(cfg.encoder, log)
     with held_run(run, train.root):
         _open(run, cfg, data or data_facts(train), resume, hooks, half)
         encoder, optimizer, scaler, history = _restore(cfg, encoder, half, run, resume, device, log)
-        model, writer = _model(cfg, encoder, accelerator, log), _writer(run, accelerator)
+        model, writer = _model(cfg, encoder, accelerator, log), _writer(run)
         pixels, workers = _pixels(cache, train, encoder, workers, cfg, log)
         for epoch in range(len(history), cfg.optim.epochs):
             watch, report, judged = Stopwatch(), None, {}
@@ -196,13 +198,9 @@ def _model(cfg, encoder, accelerator, log):
     return prepare_encoder(accelerator, CompiledTowers(encoder))
 
 
-def _silent(line):
-    "Processes other than the first log nothing."
-
-
-def _heard(log, accelerator):
-    "The function that receives lines in this process."
-    return log if accelerator.is_main_process else _silent
+def _writer(run):
+    "What receives numbers: TensorBoard in the first process, nothing in others."
+    return TensorBoard(run) if place()["rank"] == 0 else None
 
 
 def _open(run, cfg, data, resume, hooks, half):
@@ -353,22 +351,3 @@ def _save_batches(run, train, e):
         f"{e}: their images and captions are in {path}, a smaller --lr or "
         "--set optim.precision=fp32 may help, in another --out"
     ) from e
-
-
-def _writer(run, accelerator):
-    "What receives numbers in this process: TensorBoard in the first, nothing in others."
-    return _TensorBoard(run) if accelerator.is_main_process else None
-
-
-class _TensorBoard:
-    "Writes numbers to TensorBoard's event files."
-
-    def __init__(self, run):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(run / "tensorboard")
-
-    def __call__(self, step, values, group="step"):
-        for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{name}", value, step)
-        self.writer.flush()
