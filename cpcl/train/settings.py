@@ -90,7 +90,7 @@ class Setting(NamedTuple):
 
     def __str__(self):
         value = '""' if self.value == "" else _scalar(self.value)
-        return f"{self.name:<30} {value:<12} {self.allowed}; {self.about}"
+        return f"{self.name:<30} {value:<12} {self.allowed}  ({self.about})"
 
 
 def _scalar(value):
