@@ -67,7 +67,7 @@ def test_settings_of_the_command_line():
     assert {row["name"] for row in json.loads(works("settings", "--json")[0])} >= {"hcm.tau_p", "seed"}
     code, out, err = run("settings", "hcm.tau")
     assert (code, out) == (2, "") and err == "cpcl: there is no setting 'hcm.tau', did you mean hcm.tau_p?\n"
-    code, out, err = run("train", "--set", "hcm.x=1", "tau_q=3")
+    code, out, err = run("train", "--set", "hcm.x=1")
     assert code == 2 and err.startswith("cpcl: hcm has no setting 'x'") and err.count("\n") == 1
 
 
@@ -92,7 +92,8 @@ def test_a_run_is_made_again_from_its_file(base, tmp_path):
     [
         ("optim: {learning_rate: 1}", "there is no setting 'optim.learning_rate'"),
         ("presets: clip", "did you mean preset?"),
-        ("preset: klip", "no preset 'klip'"),
+        ("preset: klip", "preset must be clip-itc | clip"),
+        ("schedule: quick", "schedule must be auto | tiny | bench | paper"),
         ("seed: -1", "--seed must be in 0..4294967295"),
         ("seed: [1", "is not valid YAML (line 1"),
         ("", "holds no settings"),

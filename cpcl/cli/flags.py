@@ -126,12 +126,24 @@ def file_values(
     kinds = {name: int | str if name == "workers" else hints[name] for name in FLAGS_OF_FILE}
     given, changes = read_settings(command.config, kinds | {"hooks.loss": str, "hooks.labels": str})
     flags = {name.removeprefix("hooks."): value for name, value in given.items()}
+    _check_programs(command, flags)
     flags |= {flag: changes.pop(name) for flag, name in NAMES_IN_FILE.items() if name in changes}
     if flags.get("pretrained") == "":
         flags["pretrained"] = "none"
     if "workers" in flags:
         flags["workers"] = str(flags["workers"])
     return flags, changes
+
+
+def _check_programs(command, flags):
+    "Raises UserError for a loss or labels that only the file names: they are programs."
+    for kind in ("loss", "labels"):
+        if flags.get(kind) and not getattr(command, kind):
+            from cpcl.core import UserError
+            from cpcl.files import printable
+
+            program, file = printable(flags[kind]), printable(command.config)
+            raise UserError(f"{file} names a program, {program}: to run it, give --{kind} {program} as well")
 
 
 def over_file(

@@ -239,7 +239,8 @@ def _checked(name, value, hint, path):
         else typing.get_args(hint) or (hint,)
     )
     may_be_none = type(None) in kinds and value == "none"
-    if may_be_none or any(_is_of(value, kind) for kind in kinds):
+    is_choice = not literal or value in typing.get_args(hint)
+    if is_choice and (may_be_none or any(_is_of(value, kind) for kind in kinds)):
         return value
     quotes = " (put text in quotes)" if str in kinds and isinstance(value, bool) else ""
     raise UserError(f"{printable(path)}: {name} must be {_type_text(hint)}, got {short(value)}{quotes}")
@@ -261,7 +262,8 @@ def read_settings(
         given = dict(_named(values, path))
     except RecursionError:
         raise UserError(f"{printable(path)} is nested too deeply: correct it") from None
-    known = {name: _hint(name) for name in setting_names()} | flags
+    presets = {"preset": Literal[tuple(PRESETS)]}
+    known = {name: _hint(name) for name in setting_names()} | presets | flags
     for name in (n for n in given if n not in known):
         if any(k.startswith(f"{name}.") for k in known):
             raise UserError(f"{printable(path)}: {name} is a group of settings: write NAME: VALUE below it")

@@ -215,7 +215,7 @@ def extended_config(
 ) -> TrainConfig:  # what the run goes on with
     "The configuration of a resumed run, with what is known of its extensions. Raises UserError."
     run = user_path(run)
-    if not (run / "config.json").is_file():
+    if not is_run(run):
         if how:
             raise UserError(f"--extend {how} adds epochs to a run, and {printable(run)} holds none")
         return cfg
