@@ -175,7 +175,7 @@ def open_trackers(
         name = tracker if isinstance(tracker, str) else tracker.name
         try:
             project, options = tracker_options(run, name)
-            accelerator.log_with = filter_trackers([tracker])
+            accelerator.log_with, accelerator.trackers = filter_trackers([tracker]), []
             accelerator.init_trackers(project, told_settings(cfg), {name: options})
             found += [Guarded(t, steps, log) for t in accelerator.trackers]
         except Exception as e:
