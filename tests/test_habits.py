@@ -75,16 +75,23 @@ def test_settings_of_the_command_line():
 
 
 def test_a_run_is_made_again_from_its_file(base, tmp_path):
-    "The same bits, and the same resumed; the command line wins over the file, and the file over a preset."
+    "A file of settings gives the same bits."
     works("train", "--config", base / "run" / "config.yaml", "--out", tmp_path / "again")
     assert weights(tmp_path / "again") == weights(base / "run")
     assert read_config(tmp_path / "again") == read_config(base / "run")
-    works("train", "--config", tmp_path / "again", "--out", tmp_path / "again", "--resume")
+
+
+def test_the_command_line_wins_over_a_file(base, tmp_path):
+    "And the file over a preset. The numbers that a file does not know are as ever."
     more = ("--epochs", 1, "--preset", "clip-itc", "--seed", 1, "--set", "optim.lr=0.002")
-    works("train", "--config", base / "run" / "config.yaml", "--out", tmp_path / "other", *more)
-    other = read_config(tmp_path / "other")
-    assert (other.optim.epochs, other.optim.lr, other.seed, other.preset) == (1, 0.002, 1, "clip-itc")
-    assert (other.optim.warmup, other.hcm.icpm, other.encoder.height) == (0.5, 1.0, 48)
+    with mock.patch("cpcl.train.train_run", return_value=None) as train_run:
+        works("train", "--config", base / "run", "--out", tmp_path / "other", *more)
+    (root, _, data), asked = train_run.call_args[0][:3], train_run.call_args[1]
+    assert (data, train_run.call_args[0][3], asked["seed"]) == ("cuhk-pedes", "clip-itc", 1)
+    assert root == (base / "set").resolve() and asked["encoder"].height == 48
+    changes = asked["changes"]
+    assert (changes["optim.epochs"], changes["optim.lr"], changes["optim.warmup"]) == (1, "0.002", 0.5)
+    assert changes["hcm.icpm"] == 1.0 and "seed" not in changes and "preset" not in changes
 
 
 @pytest.mark.parametrize(
@@ -138,28 +145,46 @@ def factors(*words):
     return seen
 
 
-@pytest.mark.parametrize("how", ["constant", "stretch"])
-def test_more_epochs(base, tmp_path, how):
-    "An extended run has the defined rate at every step. Killed, or made from its file, it has the same bits."
-    for name in ("run", "killed"):
-        shutil.copytree(base / "run", tmp_path / name)
-    first = ("train", "--root", base / "set", *SMALL, "--batch-size", 16, "--resume", "--epochs", 4)
-    code, out, err = run(*first, "--out", tmp_path / "run")
-    assert code == 2 and "optim.epochs was 2, now 4" in err and "--extend constant or --extend stretch" in err
-    seen = factors(*first, "--out", tmp_path / "run", "--extend", how)
-    cfg, rows = read_config(tmp_path / "run"), read_history(tmp_path / "run")
+MORE = (*SMALL, "--batch-size", 16, "--resume", "--epochs", 4)
+
+
+def check_longer(base, longer, how, seen):
+    "The added epochs of a run have the learning rates of the definition, and its folder says how they came."
+    cfg, rows = read_config(longer), read_history(longer)
     assert (cfg.optim.epochs, cfg.optim.extended) == (4, f"{how}@2/2")
     assert [row.get("extended", "") for row in rows] == ["", "", f"{how}@2/2", f"{how}@2/2"]
     steps, planned = len(seen) // 2, override(read_config(base / "run").optim, {"epochs": 4})
     assert steps > 1
     stretched = [rate_at(planned, epoch, step, steps) for epoch in (2, 3) for step in range(steps)]
     assert seen == {"constant": [0.1] * 2 * steps, "stretch": stretched}[how]
-    again = (*first, "--out", tmp_path / "killed", "--extend", how)
-    killed(*again, epoch=3)
-    works(*again)
+
+
+def test_more_epochs(base, tmp_path):
+    "More epochs are refused without a decision, and with it every step has the defined rate."
+    longer = tmp_path / "run"
+    shutil.copytree(base / "run", longer)
+    words = ("train", "--root", base / "set", *MORE, "--out", longer)
+    code, out, err = run(*words)
+    assert code == 2 and "optim.epochs was 2, now 4" in err and "--extend constant or --extend stretch" in err
+    check_longer(base, longer, "stretch", factors(*words, "--extend", "stretch"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["constant", "stretch"])
+def test_more_epochs_with_the_same_bits(base, tmp_path, how):
+    "An extended run that is killed, and one that is made from the file of an extended run, have its bits."
+    for name in ("run", "killed"):
+        shutil.copytree(base / "run", tmp_path / name)
+    words = ("train", "--root", base / "set", *MORE, "--extend", how, "--out")
+    seen = factors(*words, tmp_path / "run")
+    check_longer(base, tmp_path / "run", how, seen)
+    killed(*words, tmp_path / "killed", epoch=3)
+    works(*words, tmp_path / "killed")
     whole = factors("train", "--config", tmp_path / "run", "--out", tmp_path / "whole")
-    assert whole[2 * steps :] == seen and whole[: 2 * steps] == base_factors(base, steps)
+    assert whole == base_factors(base, len(seen) // 2) + seen
     assert weights(tmp_path / "run") == weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    works(*words[:-3], "--out", tmp_path / "run")  # it is known to be longer
+    works(*words, tmp_path / "run")
 
 
 def base_factors(base, steps):
@@ -294,21 +319,25 @@ def test_a_reader_that_leaves_is_no_error(base, tmp_path, promise):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
-def test_what_is_written_is_as_readable_as_the_umask_says(base, tmp_path):
-    for umask, file_mode, folder_mode in ((0o022, 0o644, 0o755), (0o077, 0o600, 0o700)):
-        before = os.umask(umask)
-        try:
-            out = tmp_path / f"{umask:o}"
-            works("train", "--root", base / "set", "--out", out / "run", "--epochs", 1, *SMALL)
-            works("export", out / "run", "--out", out / "model", "--license", "mit")
-            works("index", base / "set" / "imgs", "--run", out / "run", "--out", out / "index")
-        finally:
-            os.umask(before)
-        for path in out.rglob("*"):
-            if path.name != ".cpcl-lock":
-                wanted = folder_mode if path.is_dir() else file_mode
-                assert stat.S_IMODE(path.stat().st_mode) == wanted, path
-    card = ModelCard.load(tmp_path / "22" / "model" / "README.md").data
+@pytest.mark.parametrize(
+    "umask, file_mode, folder_mode",
+    [(0o022, 0o644, 0o755), pytest.param(0o077, 0o600, 0o700, marks=pytest.mark.slow)],
+)
+def test_what_is_written_is_as_readable_as_the_umask_says(base, tmp_path, umask, file_mode, folder_mode):
+    before = os.umask(umask)
+    try:
+        works("train", "--root", base / "set", "--out", tmp_path / "a" / "run", "--epochs", 1, *SMALL)
+        works("export", tmp_path / "a" / "run", "--out", tmp_path / "a" / "model", "--license", "mit")
+        works(
+            "index", base / "set" / "imgs", "--run", tmp_path / "a" / "run", "--out", tmp_path / "a" / "index"
+        )
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "a").rglob("*"):
+        if path.name != ".cpcl-lock":  # holds nothing
+            wanted = folder_mode if path.is_dir() else file_mode
+            assert stat.S_IMODE(path.stat().st_mode) == wanted, path
+    card = ModelCard.load(tmp_path / "a" / "model" / "README.md").data
     assert (card.license, card.library_name, card.base_model) == ("mit", "cpcl", None)
     assert {r.metric_name for r in card.eval_results} >= {"R1", "mAP"}
 
