@@ -137,26 +137,28 @@ class CPCL(
         model.load_state_dict(state)
         return model.to(map_location).eval()
 
-    def save_pretrained(self, save_directory, *, license: str = "", **options):
-        "Write the three files. Raises UserError for other things in the folder, or no licence's form."
-        folder = user_path(save_directory)
-        if folder.exists() and kind_of(folder) != "export" and not is_model(folder):
-            if not folder.is_dir() or any(folder.iterdir()):
-                raise UserError(f"{printable(folder)} is not empty and holds no model: name another folder")
-        self.trained = with_licence(self.trained, license)
-        options["config"] = (options.get("config") or self._hub_mixin_config) | dict(
-            trained=asdict(self.trained)
-        )
-        done = super().save_pretrained(folder, **options)
-        _finish(folder, self.trained)
-        return done
+# %% ../nbs/hub.ipynb #281c1650
+@patch
+def save_pretrained(self: CPCL, save_directory, *, license: str = "", **options):
+    "Write the three files. Raises UserError for other things in the folder, or no licence's form."
+    folder = user_path(save_directory)
+    if folder.exists() and kind_of(folder) != "export" and not is_model(folder):
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise UserError(f"{printable(folder)} is not empty and holds no model: name another folder")
+    self.trained = with_licence(self.trained, license)
+    options["config"] = (options.get("config") or self._hub_mixin_config) | dict(trained=asdict(self.trained))
+    done = super(CPCL, self).save_pretrained(folder, **options)
+    _finish(folder, self.trained)
+    return done
 
-    def push_to_hub(self, repo_id, *, license: str = "", **options):
-        "Publish the three files on the hub. Raises UserError unless a licence is named here or was before."
-        self.trained = with_licence(self.trained, license)
-        if not self.trained.license:
-            raise UserError(f'say under which licence: push_to_hub("{repo_id}", license=...), {LICENCES}')
-        return super().push_to_hub(repo_id, **options)
+
+@patch
+def push_to_hub(self: CPCL, repo_id, *, license: str = "", **options):
+    "Publish the three files on the hub. Raises UserError unless a licence is named here or was before."
+    self.trained = with_licence(self.trained, license)
+    if not self.trained.license:
+        raise UserError(f'say under which licence: push_to_hub("{repo_id}", license=...), {LICENCES}')
+    return super(CPCL, self).push_to_hub(repo_id, **options)
 
 
 def _finish(folder, trained):
