@@ -37,6 +37,8 @@ setup(
             "heic": ["heic"],
             "milvus": ["milvus"],
             "peft": ["peft"],
+            "trackio": ["trackio"],
+            "wandb": ["wandb"],
             "dev": ["dev", "app", "docs", "export", "milvus", "peft"],
         }.items()
     },

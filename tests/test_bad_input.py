@@ -1,6 +1,6 @@
 "Bad input: one line that names the cause and says what to do, exit status 2, no file. Unusual input is read."
 
-import contextlib, functools, io, json, os, pickle, shutil, struct, warnings, zipfile, zlib
+import contextlib, io, json, os, pickle, shutil, struct, warnings, zipfile, zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from cpcl.cli import main
 from cpcl.data.images import read_image
@@ -49,8 +48,8 @@ def things(tmp_path_factory):
 
 @pytest.fixture
 def quiet(monkeypatch):
-    "No progress bar beside the line: on a slow machine one would appear."
-    monkeypatch.setattr("cpcl.core.tqdm", functools.partial(tqdm, disable=True))
+    "No line of progress beside the line: on a slow machine one would appear."
+    monkeypatch.setattr("cpcl.core.LINE_EVERY", float("inf"))
 
 
 def prepare(case, things, tmp):
@@ -664,7 +663,7 @@ BAD = {
     ],
     "configurations": [
         Case("an unknown key", TRAIN + " hcm.tua=1", ("no setting 'tua'", "tau_p")),
-        Case("an unknown group", TRAIN + " losses.tau=1", ("no setting 'losses'", "hcm", "optim")),
+        Case("an unknown group", TRAIN + " losses.tau=1", ("no setting 'losses.tau'", "hcm", "optim")),
         Case("a group for a key", TRAIN + " hcm=1", ("hcm is a group", "hcm.NAME=VALUE")),
         Case("a setting without a value", TRAIN + " hcm.tau_p", ("NAME=VALUE", "'hcm.tau_p'")),
         Case("a word for a number", TRAIN + " optim.epochs=three", ("optim.epochs", "'three'")),
@@ -750,7 +749,7 @@ BAD = {
             "index {set} --run {run}",
             ("Missing from cpcl index", "--out", "cpcl index --help"),
         ),
-        Case("an unknown command", "trian --root {set}", ("trian", "train, eval, synth", "cpcl --help")),
+        Case("an unknown command", "trian --root {set}", ("trian", "train, eval, settings", "cpcl --help")),
         Case(
             "a long word that no command takes",
             "doctor {set} " + "x" * 300,
