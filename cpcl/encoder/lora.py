@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..core import UserError, need
+from .frozen import block_of
 from .towers import Encoder
 
 # %% ../../nbs/20_encoder/06_lora.ipynb #75dda000
@@ -47,9 +48,12 @@ def _layers(encoder):
     "Names of the layers in the blocks of the towers that are not frozen: attention, and linear ones outside."
     found = []
     for name, layer in encoder.named_modules():
-        block = "resblocks." in name and "lora_" not in name
+        block = block_of(name) is not None and "lora_" not in name
         fits = block and isinstance(layer, (nn.MultiheadAttention, nn.Linear))
-        within = name.rpartition(".")[0] in found  # the output layer of an attention
+        parent = name.rpartition(".")[0]
+        within = parent in found  # the output layer of an attention
+        if name.endswith(".qkv") and getattr(encoder.get_submodule(parent), "q_bias", None) is not None:
+            continue  # EVA's attention reads the weight itself, past any adapter
         if fits and not within and all(p.requires_grad for p in layer.parameters()):
             found.append(name)
     return found
@@ -58,13 +62,13 @@ def _layers(encoder):
 def add_adapters(
     encoder: Encoder,  # on its device, in its type, frozen parts frozen; changed in place
     rank: int,  # r; 0: none
-):
+) -> list:  # of "image" and "text": towers without adapters, which stay as they are
     """Train adapters of the layers that are not frozen, and nothing else (LoRA).
 
     Raises UserError without PEFT, and if every block is frozen.
     """
     if not rank:
-        return
+        return []
     peft, layers = need("peft", "peft"), _layers(encoder)
     if not layers:
         raise UserError(f"lora={rank} finds no block of {encoder.model} to adapt: leave freeze out")
@@ -74,6 +78,8 @@ def add_adapters(
     for layer in encoder.modules():
         if hasattr(layer, "lora_A"):
             layer.cast_input_dtype_enabled = False  # autocast does that
+    adapted = {"image" if name.startswith("clip.visual.") else "text" for name in layers}
+    return [tower for tower in ("image", "text") if tower not in adapted]
 
 # %% ../../nbs/20_encoder/06_lora.ipynb #96dbd8a7
 @torch.no_grad()
