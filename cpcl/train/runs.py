@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from ..core import UserError, default_device, need, progress
 from ..data.images import PixelCache
 from ..data.read import Split, detect, has_split, load_person, load_split
-from ..encoder.towers import EncoderConfig
+from ..encoder.towers import EncoderConfig, architecture
 from ..encoder.extract import features
 from ..encoder.weights import filter_of
 from ..encoder.words import words_of
@@ -147,6 +147,7 @@ def _result(run, train, held_out, caches, **facts):
 def _check(cfg, train, truth, root):
     "What can be known to fail before an image is read."
     check_rows(cfg.labels, len(train.images), len(train.captions))
+    architecture(cfg.encoder.model, cfg.encoder.image_size)
     if cfg.optim.lora:
         need("peft", "peft")
     if cfg.labels.source == "person" and truth is None:
