@@ -130,10 +130,11 @@ def size_for(name):
     return (times * step, -(-32 // step) * step) if step else input_size(name).native
 
 
-def check(name, pad=None):
+def check(name, pad=None, file=True):
     """Build a model at reduced depth; features, a step of training, a file and back. Returns facts.
 
-    `pad`: what its tokenizer pads with, where that is not at hand; tokens are then made up."""
+    `pad`: what its tokenizer pads with, where that is not at hand; tokens are then made up.
+    `file`: whether it is also written and read."""
     import torch
     from cpcl.encoder import Encoder
 
@@ -160,7 +161,7 @@ def check(name, pad=None):
             before, without = _step(encoder.double(), image.double(), tokens)
             encoder.float()
         numbers = sum(p.numel() for p in encoder.parameters())
-        if numbers < LARGE:
+        if file and numbers < LARGE:
             _file_and_back(encoder, name, size, image, tokens)
         return dict(name=name, numbers=numbers, size=size, loss=before, without=without)
 

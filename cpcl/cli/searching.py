@@ -19,8 +19,7 @@ from .flags import Range, Repeated, check_ranges, flat, size_of
 class Index:
     """Make a folder of person crops searchable, or bring its index up to date.
 
-    With a model that somebody else trained:
-    cpcl index crops --model ViT-B-16-quickgelu --pretrained openai
+    Without a training: cpcl index crops --model ViT-B-16-quickgelu --pretrained openai
 
     Only what is new or changed is encoded, also when the images were moved. What is left out is counted by
     its reason. Under torchrun every process encodes a share. For images you have the right to search."""
@@ -45,13 +44,13 @@ class Index:
         "Build it and say what to do next."
         check_ranges(self)
         from cpcl.core import UserError
-        from cpcl.files import user_path
+        from cpcl.files import printable, user_path
         from cpcl.search.build import build_index, usual_out
         from cpcl.train.processes import launched, start_processes
 
         if self.encoder and (self.model or self.pretrained or self.size):
             raise UserError("give --run or --model, not both: a run has weights and an image size of its own")
-        size, out = size_of(self.size), self.out or str(usual_out(self.folder))
+        out = self.out or str(usual_out(self.folder))
 
         if together := launched():
             start_processes()
@@ -66,12 +65,10 @@ class Index:
             device=self.device,
             together=together,
             pretrained=self.pretrained,
-            size=size,
+            size=size_of(self.size),
         )
         if not made:  # another process than the first
             return 0
-        from cpcl.files import printable
-
         place = printable(shlex.quote(out))
         print(f'next: cpcl search {place} "a woman in a red coat with a black backpack"')
         print(f"      cpcl app {place}")

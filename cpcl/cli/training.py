@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import tyro
 from fastcore.basics import patch
 
-from .flags import Range, Repeated, check_ranges, flat, number_or, size_of
+from .flags import Range, Repeated, check_ranges, flat, given_size, number_or
 
 # %% ../../nbs/cli/01_training.ipynb #4f65fc4b
 def flag_settings(
@@ -135,16 +135,7 @@ def _encoder(
 
     pretrained = flags.pretrained or ("tiny" if flags.model == "tiny" else "")
     pretrained = "" if pretrained == "none" else str(user_path(pretrained))
-    return EncoderConfig(flags.model, pretrained, *_size(flags))
-
-
-def _size(flags):
-    "(height, width) of the flags, zeros for the usual ones. Raises UserError if they are given twice."
-    from cpcl.core import UserError
-
-    if flags.size and (flags.height or flags.width):
-        raise UserError("give --size or --height and --width, not both")
-    return size_of(flags.size) if flags.size else (flags.height, flags.width)
+    return EncoderConfig(flags.model, pretrained, *given_size(flags))
 
 # %% ../../nbs/cli/01_training.ipynb #9ed61e50
 @patch
@@ -243,13 +234,7 @@ def _check(self: Eval):
     if not self.run_folder:
         from cpcl.search.source import find_source
 
-        self._source = find_source(self.model or "tiny", self._weights(), _size(self))
-
-
-@patch
-def _weights(self: Eval):
-    "The weights of an open_clip name as a tag or a file; `tiny` may stand for the tiny CLIP's own."
-    return "" if self.pretrained == "tiny" and self.model in ("", "tiny") else self.pretrained
+        self._source = find_source(self.model or "tiny", self.pretrained, given_size(self))
 
 # %% ../../nbs/cli/01_training.ipynb #b3593a5b
 @patch

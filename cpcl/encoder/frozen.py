@@ -20,8 +20,8 @@ _INPUT = f"{_CLIP_INPUT} {_TIMM_INPUT} {_HUB_INPUT}".split()
 
 def block_of(
     name: str,  # of a parameter or of a layer
-) -> int | None:  # from 0; None outside all blocks
-    "The block of a tower that a name belongs to; in convolutional networks, the stage."
+) -> int | None:  # from 0, None outside all blocks
+    "The block of a tower that a name belongs to, in convolutional networks the stage."
     if "patch_embed." in name:
         return None  # convolutions before the blocks
     block = re.search(r"\.(?:resblocks|blocks|block|layers|layer|stages)\.(\d+)\.", name)

@@ -90,7 +90,7 @@ class InputSize:
 
 
 def _timm_step(name):
-    "The multiple of an image tower of timm, by its name; 0 if it is not known."
+    "The multiple of an image tower of timm, by its name, 0 if it is not known."
     known = (stride for pattern, stride in _STRIDES.items() if re.match(pattern, name))
     patch = re.search(r"patch(\d+)", name)
     return next(known, int(patch[1]) if patch else 0)

@@ -21,7 +21,7 @@ from torch import nn
 from ..core import UserError, at_least_float32, load_open_clip
 from ..data.images import CLIP_MEAN, CLIP_STD, FILTERS, USUAL_FILTER, check_filter, pixels_of, to_tensor
 from .models import MAX_SIDE, PEDESTRIAN, architecture, build_clip, check_size
-from .models import configuration, input_size, patch_grid
+from .models import configuration, input_size, patch_grid, set_input
 from .words import with_pads, words_of
 from ..files import expect, short
 
@@ -198,16 +198,7 @@ def _text_features(clip, tokens):
         return by_length(partial(_short_text, clip), words, end)
     return _short_text(clip, words, end)
 
-# %% ../../nbs/20_encoder/00_towers.ipynb #4b823212
-def _recolouring(reading):
-    "Factor and summand per colour from CLIP's normalisation to that of a reading; None where they are equal."
-    if not reading.other_colours:
-        return dict(scale=None, shift=None)
-    mean, std, clip_mean, clip_std = map(torch.tensor, (reading.mean, reading.std, CLIP_MEAN, CLIP_STD))
-    per_colour = dict(scale=clip_std / std, shift=(clip_mean - mean) / std)
-    return {name: values[:, None, None] for name, values in per_colour.items()}
-
-# %% ../../nbs/20_encoder/00_towers.ipynb #b2330f24
+# %% ../../nbs/20_encoder/00_towers.ipynb #b7cd42e7
 def _text_tower(clip):
     "The module with the text tower's parts: the model itself in open_clip's `CLIP`."
     return getattr(clip, "text", clip)
@@ -219,7 +210,16 @@ def _reads_brief(tower):
     causal = getattr(tower, "attn_mask", None) is not None and getattr(tower, "cls_emb", None) is None
     return pool == "argmax" and causal
 
+# %% ../../nbs/20_encoder/00_towers.ipynb #4b823212
+def _recolouring(reading):
+    "Factor and summand per colour from CLIP's normalisation to that of a reading; None where they are equal."
+    if not reading.other_colours:
+        return dict(scale=None, shift=None)
+    mean, std, clip_mean, clip_std = map(torch.tensor, (reading.mean, reading.std, CLIP_MEAN, CLIP_STD))
+    per_colour = dict(scale=clip_std / std, shift=(clip_mean - mean) / std)
+    return {name: values[:, None, None] for name, values in per_colour.items()}
 
+# %% ../../nbs/20_encoder/00_towers.ipynb #b2330f24
 class Encoder(nn.Module):
     "Image and text towers with unit-norm outputs (open_clip)."
 
@@ -244,24 +244,6 @@ class Encoder(nn.Module):
         self._brief, self._pad = _reads_brief(_text_tower(self.clip)), None
         for name, values in _recolouring(self.reading).items():
             self.register_buffer(name, values, persistent=False)
-
-    @property
-    def words(self):  # `ClipWords` or `HubWords`
-        "The tokenizer. Raises UserError if its files are missing."
-        words = words_of(self.model)
-        self._pad = words.pad
-        return words
-
-    def train(
-        self,
-        mode: bool = True,  # False: `eval`
-    ):  # the encoder itself
-        "As the parent's, but what normalises by its batch keeps its statistics."
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
 
     def encode_image(
         self,
@@ -291,6 +273,38 @@ class Encoder(nn.Module):
     def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> tuple:  # unit rows of both
         "Both towers in one call, so that one call wraps the model for several processes."
         return self.encode_image(image), self.encode_text(tokens)
+
+# %% ../../nbs/20_encoder/00_towers.ipynb #26be4437
+@patch(as_prop=True)
+def words(self: Encoder):  # `ClipWords` or `HubWords`
+    "The tokenizer. Raises UserError if its files are missing."
+    found = words_of(self.model)
+    self._pad = found.pad
+    return found
+
+
+@patch
+def train(
+    self: Encoder,
+    mode: bool = True,  # False: `eval`
+):  # the encoder itself
+    "As the parent's, but what normalises by its batch keeps its statistics."
+    nn.Module.train(self, mode)
+    for module in self.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return self
+
+
+@patch
+def resize_input(
+    self: Encoder,
+    size: tuple,  # (height, width) in pixels
+):
+    "Take images of another size (not for plain vision transformers). Raises UserError if it does not fit."
+    architecture(self.model, size)
+    set_input(self.clip, size)
+    self.image_size, self.grid = tuple(size), patch_grid(self.model, size)
 
 # %% ../../nbs/20_encoder/00_towers.ipynb #286bc436
 @patch

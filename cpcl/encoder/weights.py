@@ -16,8 +16,8 @@ import torch
 from ..core import UserError, atomic_path, load_open_clip, repo_root
 from ..data.images import USUAL_FILTER, check_filter
 from .lora import merged_weights
-from .models import PEDESTRIAN, configuration, input_size, is_plain, resize_positions, set_input
-from .others import possible_grids, towers_in, translated, unwrapped, with_scales
+from .models import PEDESTRIAN, configuration, input_size, is_plain, resize_positions
+from .others import other_tables, possible_grids, towers_in, translated, unwrapped, with_scales
 from .towers import Encoder, EncoderConfig, Reading, architecture, check_size
 from .towers import patch_grid, tag_filter, tag_reading, usual_reading
 from ..files import expect, json_text, parse_json, printable, read_json, short, user_path
@@ -314,20 +314,6 @@ def _start(cfg, said):
     size = cfg.image_size if plain else said.image_size or input_size(cfg.model).native
     return Encoder(cfg.model, size, reading_of(cfg), filter_of(cfg)).eval()
 
-
-def _has_size(found, encoder, size):
-    "Whether the tables of a file are those of another size than the encoder's."
-    own = encoder.clip.state_dict()
-    tables = [n for n in found if n in own and "pos" in n and found[n].shape != own[n].shape]
-    return bool(tables) and encoder.image_size != size
-
-
-def _resize(encoder, size):
-    "Take an encoder to another image size. Raises UserError if its tower does not take it."
-    architecture(encoder.model, size)
-    set_input(encoder.clip, size)
-    encoder.image_size, encoder.grid = tuple(size), patch_grid(encoder.model, size)
-
 # %% ../../nbs/20_encoder/01_weights.ipynb #60ecf7ec
 def _remark(cfg, path, about, encoder, left, grid):
     "How weights were read, in one line. Empty if it is what the model's name and the file's header say."
@@ -377,8 +363,8 @@ def load_encoder(
             encoder.clip.visual, "positional_embedding"
         ):
             found[POSITIONS], grid = _table_for(encoder, table, said, cfg)
-        elif not said.image_size and _has_size(found, encoder, cfg.image_size):
-            _resize(encoder, cfg.image_size)
+        elif not said.image_size and other_tables(found, encoder.clip.state_dict()):
+            encoder.resize_input(cfg.image_size)
     except UserError as e:
         raise UserError(f"{printable(path)} does not fit {cfg.model}: {e}") from None
     wanted = encoder.clip.state_dict()
@@ -386,7 +372,7 @@ def load_encoder(
     check_fit(found, wanted, path, cfg.model)
     encoder.clip.load_state_dict({name: x.to(wanted[name].dtype) for name, x in found.items()})
     if encoder.image_size != cfg.image_size:
-        _resize(encoder, cfg.image_size)
+        encoder.resize_input(cfg.image_size)
     if line := _remark(cfg, path, said, encoder, towers.left_out(), grid):
         log(line)
     return encoder

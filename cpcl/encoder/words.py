@@ -68,6 +68,16 @@ def with_pads(
     still = (tokens != 0).flip(1).cumsum(1).flip(1) > 0
     return torch.where(still, tokens, pad)
 
+# %% ../../nbs/20_encoder/00_words.ipynb #ec31f61e
+def _vocabulary(tokenizer, stripped):
+    "What masking must know. Where there is no mask token, a masked word becomes an unknown one."
+    mask = next(i for i in (tokenizer.mask_token_id, tokenizer.unk_token_id, 1) if i is not None)
+    special = tokenizer("a", return_special_tokens_mask=True).special_tokens_mask
+    before = special.index(0) if 0 in special else 0
+    after = special[::-1].index(0) if 0 in special else 0
+    lost = stripped or tokenizer.eos_token_id == tokenizer.pad_token_id
+    return Vocabulary(mask, len(tokenizer), before, max(0, after - 1) if lost else after)
+
 # %% ../../nbs/20_encoder/00_words.ipynb #47b522ea
 class HubWords:
     "A tokenizer of the Hugging Face library, as open_clip uses it."
@@ -125,16 +135,6 @@ class HubWords:
     def has_control_words(self, text: str) -> bool:
         "Whether a text contains the name of a control token, which this tokenizer reads as such."
         return False
-
-
-def _vocabulary(tokenizer, stripped):
-    "What masking must know. Where there is no mask token, a masked word becomes an unknown one."
-    mask = next(i for i in (tokenizer.mask_token_id, tokenizer.unk_token_id, 1) if i is not None)
-    special = tokenizer("a", return_special_tokens_mask=True).special_tokens_mask
-    before = special.index(0) if 0 in special else 0
-    after = special[::-1].index(0) if 0 in special else 0
-    lost = stripped or tokenizer.eos_token_id == tokenizer.pad_token_id
-    return Vocabulary(mask, len(tokenizer), before, max(0, after - 1) if lost else after)
 
 # %% ../../nbs/20_encoder/00_words.ipynb #3fe6f3ea
 def _hub_words(model, text):

@@ -25,7 +25,7 @@ from .gallery import scan_images
 from .manifest import Manifest, is_index, read_manifest
 from .milvus import MilvusStore, check_address
 from .shares import encode_todo
-from .source import MEMORY, RANDOM, Source, find_source, fingerprint, source_of
+from .source import Source, asked_for, fingerprint
 from .store import LocalStore, read_store
 from .vectors import EXACT_ROWS
 from ..train.processes import heard, once, others_needed, same_everywhere, several
@@ -317,17 +317,11 @@ def usual_out(
     return Path(f"{_real(folder).name or 'images'}-index")
 
 
-def _asked(model, pretrained, size, out):
-    "(Source, the encoder if it is in memory). Raises UserError if nothing names one."
-    if isinstance(model, Encoder):
-        height, width = model.image_size
-        return Source(model=model.model, pretrained=MEMORY, height=height, width=width), model
-    if model is None and (pretrained or any(size)):
-        raise UserError("--pretrained and --size go with --model, the name of a model of open_clip")
-    if model is None and not is_index(user_path(out)):
-        raise UserError("which encoder? give a run with --run, or a model with --model, e.g. --model tiny")
-    source = find_source(model, pretrained, size) if model else source_of(read_manifest(user_path(out)))
-    return source, source.load() if source.pretrained == RANDOM else None
+def _scan(images, folder, out, inputs, columns, log):
+    "The rows of the images, and what is left out."
+    check_folder(out, "index", is_index, inputs)
+    found, left = scan_images(images, ignore=out)
+    return with_columns(found, columns, folder, log), left.line()
 
 
 @contextlib.contextmanager
@@ -364,16 +358,13 @@ def build_index(
     address, images = _address(store), folder
     folder = _real(folder.root if isinstance(folder, Split) else folder)
     out = usual_out(folder) if out is None else out
-    source, given = _asked(model, pretrained, size, out)
+    source, given = asked_for(model, pretrained, size, out)
     inputs = (folder, Path(source.run)) if source.run else (folder,)
 
-    def scan():
-        "The rows of the images, and what is left out."
-        check_folder(out, "index", is_index, inputs)
-        found, left = scan_images(images, ignore=out)
-        return with_columns(found, columns, folder, log), left.line()
-
-    (found, left), weights = how.once(scan), fingerprint(given) if given else source.weights()
+    (found, left), weights = (
+        how.once(lambda: _scan(images, folder, out, inputs, columns, log)),
+        fingerprint(given) if given else source.weights(),
+    )
     if how.together:
         same_everywhere(dict(weights=weights, batch_size=batch_size, store=store))
     with _held(out, inputs, how) as out:

@@ -26,6 +26,24 @@ from .manifest import Manifest
 from .source import fingerprint, source_of
 from .widget import Finder
 
+# %% ../../nbs/search/07_index.ipynb #e08f9876
+def _load(manifest):
+    "The encoder that a manifest names. Raises UserError if its weights are gone, or are others."
+    source, again = source_of(manifest), "build the index again"
+    try:
+        weights = source.file()
+    except UserError as e:
+        moved = f"if the {'run' if source.run else 'file'} of this index was moved"
+        raise UserError(f"{e} ({moved}, give its new place with --run)") from None
+    if weights and digest(weights) != manifest.weights:
+        raise UserError(f"{weights} holds other weights than the index: {again}")
+    encoder = source.load(log=lambda line: None)
+    if not weights and fingerprint(encoder) != manifest.weights:
+        raise UserError(f"random weights of {source.model} are other ones here than in the index: {again}")
+    if encoder.width != manifest.width:
+        raise UserError(f"{weights or source} makes other vectors than the index holds: {again}")
+    return encoder
+
 # %% ../../nbs/search/07_index.ipynb #68114c58
 class Index:
     "Images of people, to be found by sentences."
@@ -69,24 +87,6 @@ class Index:
         if self._encoder is None:
             self._encoder = for_reading(_load(self.manifest), self.device)
         return self._encoder
-
-
-def _load(manifest):
-    "The encoder that a manifest names. Raises UserError if its weights are gone, or are others."
-    source, again = source_of(manifest), "build the index again"
-    try:
-        weights = source.file()
-    except UserError as e:
-        moved = f"if the {'run' if source.run else 'file'} of this index was moved"
-        raise UserError(f"{e} ({moved}, give its new place with --run)") from None
-    if weights and digest(weights) != manifest.weights:
-        raise UserError(f"{weights} holds other weights than the index: {again}")
-    encoder = source.load(log=lambda line: None)
-    if not weights and fingerprint(encoder) != manifest.weights:
-        raise UserError(f"random weights of {source.model} are other ones here than in the index: {again}")
-    if encoder.width != manifest.width:
-        raise UserError(f"{weights or source} makes other vectors than the index holds: {again}")
-    return encoder
 
 # %% ../../nbs/search/07_index.ipynb #2cc08ff2
 @patch_to(Index, cls_method=True)

@@ -15,9 +15,7 @@ from ..core import Stopwatch, UserError, seed_everything
 from ..data.images import PixelCache
 from ..data.batches import loader_workers, pair_loader
 from ..data.read import Split
-from ..encoder.frozen import freeze
-from ..encoder.lora import add_adapters
-from ..encoder.models import checkpoint_towers
+from ..encoder.lora import prepare_towers
 from ..encoder.weights import read_header, save_encoder
 from ..files import expect, read_json, user_path, write_json
 from ..hcm import hcm_loss
@@ -231,10 +229,7 @@ def _earlier(path):
 def _restore(cfg, encoder, half, run, resume, device, log):
     "Encoder, optimiser, scaler and history as the run starts, or as it was left."
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
-    freeze(encoder, cfg.optim.freeze)
-    for tower in add_adapters(encoder, cfg.optim.lora):
-        log(f"optim.lora: the {tower} tower of {encoder.model} gets no adapters and stays as it is")
-    _checkpoint(encoder, cfg.optim.checkpointing, log)
+    prepare_towers(encoder, cfg.optim.freeze, cfg.optim.lora, cfg.optim.checkpointing, log)
     optimizer, scaler = build_optimizer(encoder, cfg.optim), Scaler(half, device)
     found = once(lambda: newest_state(run, log) if resume else None)
     if found is None:
@@ -247,12 +242,6 @@ def _restore(cfg, encoder, half, run, resume, device, log):
     history = _history(facts, run)
     once(lambda: _repair(run, encoder, history))
     return encoder, optimizer, scaler, history
-
-
-def _checkpoint(encoder, wanted, log):
-    "Let the towers keep less for the backward pass, if that is wanted. Log which of them cannot."
-    for tower in checkpoint_towers(encoder.clip) if wanted else ():
-        log(f"optim.checkpointing does not apply to the {tower} tower of {encoder.model}")
 
 
 def _history(facts, run):
