@@ -13,7 +13,7 @@ from cpcl.cli import main
 from cpcl.core import UserError
 from cpcl.data.images import CLIP_MEAN, CLIP_STD, to_tensor
 from cpcl.encoder import Encoder, EncoderConfig, load_encoder, save_encoder
-from cpcl.encoder.towers import Reading, architecture, usual_reading
+from cpcl.encoder.towers import Reading, usual_reading
 from cpcl.encoder.weights import read_header, reading_of
 from cpcl.hub import CPCL, _Tower
 from cpcl.synth.dataset import write_synth
