@@ -35,6 +35,7 @@ setup(
             "docs": ["docs"],
             "export": ["export"],
             "heic": ["heic"],
+            "hf": ["hf"],
             "milvus": ["milvus"],
             "peft": ["peft"],
             "trackio": ["trackio"],

@@ -697,9 +697,9 @@ BAD = {
         ),
         Case("workers in words", TRAIN + " --workers many", ("--workers", "auto", "many")),
         Case(
-            "a model that is another kind",
+            "a size that another kind of model does not take",
             TRAIN + " --model coca_ViT-B-32",
-            ("coca_ViT-B-32", "more than two towers", "choose"),
+            ("48x24", "no multiple of coca_ViT-B-32's patch of 32", "give --height 64 --width 32"),
         ),
         Case(
             "a model to be fetched",
@@ -897,6 +897,16 @@ BAD = {
             at("run/config.json", gone),
         ),
         Case("a device", "eval {run} --root {set} --device tpu", ("tpu", "there is: cpu")),
+        Case(
+            "a model that is nothing",
+            "eval --model {tmp}/nowhere --root {set}",
+            ("nowhere", "is not a run folder, a published model or a file"),
+        ),
+        Case(
+            "two sizes",
+            "eval --model tiny --size 48x24 --height 48 --width 24 --root {set}",
+            ("--size or --height and --width, not both",),
+        ),
         Case("a file", "eval {set}/reid_raw.json --root {set}", ("reid_raw.json", "not a run folder")),
         Case(
             "a folder that does not exist", "eval {tmp}/nowhere --root {set}", ("nowhere", "not a run folder")
@@ -1073,6 +1083,40 @@ BAD = {
             "built with no run",
             "index {set}/imgs --run {tmp}/nowhere --out {tmp}/out",
             ("nowhere", "not a run folder"),
+        ),
+        Case(
+            "built with no encoder",
+            "index {set}/imgs --out {tmp}/out",
+            ("which encoder?", "--run", "--model tiny"),
+        ),
+        Case(
+            "built with two encoders", INDEX + " --model tiny", ("--run or --model, not both", "of its own")
+        ),
+        Case(
+            "built with a model that is nothing",
+            "index {set}/imgs --model {tmp}/nowhere --out {tmp}/out",
+            ("nowhere", "is not a run folder, a published model or a file", "check the path"),
+        ),
+        Case(
+            "built with a model without weights",
+            "index {set}/imgs --model ViT-B-16 --out {tmp}/out",
+            ("--model ViT-B-16 needs --pretrained", "openai"),
+        ),
+        Case(
+            "built with a file that is no model",
+            "index {set}/imgs --model {tmp}/w.pt --out {tmp}/out",
+            ("w.pt", "does not say which model it holds", "--pretrained"),
+            put("w.pt", b"PK"),
+        ),
+        Case(
+            "built at an impossible size",
+            "index {set}/imgs --model tiny --size 50x24 --out {tmp}/out",
+            ("50x24", "the nearest is 48x24"),
+        ),
+        Case(
+            "built at a size in words",
+            "index {set}/imgs --model tiny --size small --out {tmp}/out",
+            ("--size must be HEIGHTxWIDTH", "'small'"),
         ),
         Case(
             "built with a table that does not exist",

@@ -222,7 +222,7 @@ def base(tmp_path_factory):
     "A run, a model and a data set, all of them tiny: the tiny CLIP is a thousandth of itself meanwhile."
     base = tmp_path_factory.mktemp("others")
     small = NANO | dict(text_cfg=NANO["text_cfg"] | dict(vocab_size=40, context_length=6))
-    with mock.patch.dict("cpcl.encoder.towers.TINY", small):
+    with mock.patch.dict("cpcl.encoder.models.TINY", small):
         cfg = make_config("clip", encoder=EncoderConfig("tiny", "", 16, 16))
         encoder = Encoder("tiny", (16, 16))
         start_run(base / "run", cfg, dict(name="own", root="/x", images=2, captions=3, train="0" * 16))

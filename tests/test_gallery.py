@@ -277,7 +277,7 @@ def test_a_moved_gallery_keeps_its_vectors(move, build, crops, tmp_path, promise
         os.utime(file, ns=(1, 1_763_700_001_123_456_789 + i))
     index, _ = build()
     MOVES[move](crops, tmp_path / "new")
-    monkeypatch.setattr("cpcl.search.build.load_run", lambda run: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("cpcl.search.source.Source.load", lambda *_: pytest.fail("the model was loaded"))
     moved, lines = build(tmp_path / "new")
     assert "0 encoded, 12 kept, 0 dropped" in lines[-1] and "12 vectors are used again" in lines[-2]
     assert moved.manifest.folder == str((tmp_path / "new").resolve())

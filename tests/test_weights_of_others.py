@@ -13,7 +13,7 @@ from cpcl.cli import main
 from cpcl.core import UserError
 from cpcl.data.images import CLIP_MEAN, CLIP_STD, to_tensor
 from cpcl.encoder import Encoder, EncoderConfig, load_encoder, save_encoder
-from cpcl.encoder.towers import Reading, architecture, usual_reading
+from cpcl.encoder.towers import Reading, usual_reading
 from cpcl.encoder.weights import read_header, reading_of
 from cpcl.hub import CPCL, _Tower
 from cpcl.synth.dataset import write_synth
@@ -66,14 +66,8 @@ def same(encoder, state, but=("logit_scale",)):
 
 
 def tags():
-    "(model, tag) that cpcl can build, from open_clip's tables."
-    for model, tag in list_pretrained():
-        patch = open_clip.get_model_config(model)["vision_cfg"].get("patch_size", 16)
-        try:
-            architecture(model, (3 * patch, patch)) if isinstance(patch, int) else architecture(model, SIZE)
-        except UserError:
-            continue
-        yield model, tag
+    "(model, tag) of open_clip's tables."
+    return list_pretrained()
 
 
 def test_every_tag_is_read_as_its_table_says(promise):
@@ -84,7 +78,8 @@ def test_every_tag_is_read_as_its_table_says(promise):
     with mock.patch("open_clip.pretrained.download_pretrained", side_effect=AssertionError):
         for model, tag in pairs:
             said, reading = get_pretrained_cfg(model, tag), reading_of(EncoderConfig(model, tag, 112, 112))
-            assert reading.quick_gelu == said.get("quick_gelu", False), (model, tag)
+            by_name = open_clip.get_model_config(model).get("quick_gelu", False)  # of roberta-ViT-B-32
+            assert reading.quick_gelu == said.get("quick_gelu", by_name), (model, tag)
             assert (reading.mean, reading.std) == (said["mean"], said["std"]), (model, tag)
             odd += [(model, tag)] if reading != usual_reading(model) else []
     assert len(pairs) >= 60 and len(odd) >= 15
@@ -387,7 +382,7 @@ def test_eval_of_a_run_and_of_weights_exclude_each_other(tmp_path):
     for words, why in {
         (): "nothing to score",
         ("runs/x", "--pretrained", "openai"): "not both",
-        ("--model", "ViT-B-16"): "--model needs --pretrained",
+        ("--model", "ViT-B-16"): "--model ViT-B-16 needs --pretrained",
         ("--pretrained", "openai"): "no file and no tag 'openai' for tiny",
     }.items():
         code, out, err = cpcl("eval", *words)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Repeated', 'FLAGS_OF_FILE', 'NAMES_IN_FILE', 'flat', 'Range', 'check_ranges', 'number_or', 'flag_settings',
-           'file_values', 'over_file']
+           'file_values', 'over_file', 'size_of', 'given_size']
 
 # %% ../../nbs/cli/05_flags.ipynb #59832e76
 import typing
@@ -155,3 +155,31 @@ def over_file(
     flags, _ = file_values(command)
     default = replace(type(command)(), **flags)
     return tyro.cli(type(command), args=words, prog=f"cpcl {name}", default=default)
+
+# %% ../../nbs/cli/05_flags.ipynb #fd75365f
+def size_of(
+    text: str,  # e.g. "384x128"; empty: the usual size
+) -> tuple:  # (height, width) in pixels; zeros for the usual size
+    "The value of --size. Raises UserError for anything else."
+    if not text:
+        return 0, 0
+    height, by, width = text.lower().partition("x")
+    if not (by and height.isdecimal() and width.isdecimal() and len(text) < 12 and int(height) * int(width)):
+        from cpcl.core import UserError
+        from cpcl.files import short
+
+        raise UserError(f"--size must be HEIGHTxWIDTH in pixels, e.g. 384x128, got {short(text)}")
+    return int(height), int(width)
+
+# %% ../../nbs/cli/05_flags.ipynb #89e8fe8c
+def given_size(
+    flags,  # a command with --size, --height and --width
+) -> tuple:  # (height, width) in pixels, zeros for the usual size
+    "The image size that a command was given. Raises UserError if it was given twice."
+    if not flags.size:
+        return flags.height, flags.width
+    if flags.height or flags.width:
+        from cpcl.core import UserError
+
+        raise UserError("give --size or --height and --width, not both")
+    return size_of(flags.size)

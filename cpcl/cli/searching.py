@@ -12,19 +12,27 @@ from typing import Annotated
 
 import tyro
 
-from .flags import Range, Repeated, check_ranges, flat
+from .flags import Range, Repeated, check_ranges, flat, size_of
 
 # %% ../../nbs/cli/03_searching.ipynb #b0cb0bb0
 @dataclass
 class Index:
     """Make a folder of person crops searchable, or bring its index up to date.
 
+    Without a training: cpcl index crops --model ViT-B-16-quickgelu --pretrained openai
+
     Only what is new or changed is encoded, also when the images were moved. What is left out is counted by
     its reason. Under torchrun every process encodes a share. For images you have the right to search."""
 
     folder: tyro.conf.Positional[str]  # folder of crops, with all folders below it
-    encoder: Annotated[str, tyro.conf.arg(name="run")]  # run folder, or the folder of a published model
-    out: str  # folder of the index
+    # run folder, or the folder of a published model; neither --run nor --model: as the index in --out
+    encoder: Annotated[str, tyro.conf.arg(name="run")] = ""
+    # instead of a run: tiny, an open_clip name such as ViT-B-16-quickgelu, an id of the Hugging Face hub
+    # (owner/name), or a file of weights that cpcl wrote
+    model: str = ""
+    pretrained: str = ""  # weights of an open_clip name: a tag such as openai, a file, or none (random)
+    size: str = ""  # HEIGHTxWIDTH of the images for --model in pixels, e.g. 384x128; empty: the usual one
+    out: str = ""  # folder of the index; empty: FOLDER-index in the current folder
     columns: str = ""  # CSV with a column `path` and others to filter by, e.g. camera
     batch_size: Annotated[int, Range(1)] = 128  # images per step
     workers: Annotated[int, Range(1)] = 2  # threads that decode
@@ -35,28 +43,35 @@ class Index:
     def run(self) -> int:  # exit status
         "Build it and say what to do next."
         check_ranges(self)
-        from cpcl.search.build import build_index
+        from cpcl.core import UserError
+        from cpcl.files import printable, user_path
+        from cpcl.search.build import build_index, usual_out
         from cpcl.train.processes import launched, start_processes
+
+        if self.encoder and (self.model or self.pretrained or self.size):
+            raise UserError("give --run or --model, not both: a run has weights and an image size of its own")
+        out = self.out or str(usual_out(self.folder))
 
         if together := launched():
             start_processes()
         made = build_index(
             self.folder,
-            self.encoder,
-            self.out,
+            user_path(self.encoder) if self.encoder else self.model or None,
+            out,
             self.columns or None,
             self.batch_size,
             self.workers,
             store=self.store,
             device=self.device,
             together=together,
+            pretrained=self.pretrained,
+            size=size_of(self.size),
         )
         if not made:  # another process than the first
             return 0
-        from cpcl.files import printable
-
-        place = printable(shlex.quote(self.out))
+        place = printable(shlex.quote(out))
         print(f'next: cpcl search {place} "a woman in a red coat with a black backpack"')
+        print(f"      cpcl app {place}")
         return 0
 
 # %% ../../nbs/cli/03_searching.ipynb #fe61e59e
@@ -102,7 +117,8 @@ class Search:
     where: Repeated = ()  # column=value, e.g. camera=3 or camera=3,4
     image: str = ""  # an indexed path or an image file: more like this
     without: str = ""  # what the image should not show, e.g. "a hat"
-    encoder: Annotated[str, tyro.conf.arg(name="run")] = ""  # where the run is now, if it was moved
+    # where the run, or the file of weights, is now, if it was moved
+    encoder: Annotated[str, tyro.conf.arg(name="run")] = ""
     folder: str = ""  # where the images are now, if they were moved
     device: str = ""  # that encodes: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
     json: bool = False  # print a JSON list of objects with rank, score, path and columns
@@ -139,7 +155,8 @@ class App:
     index: tyro.conf.Positional[str]  # folder of the index
     host: str = "127.0.0.1"  # address to answer on; 0.0.0.0: reachable by others too
     port: Annotated[int, Range(0, 2**16 - 1)] = 7860  # of the page; 0: a free one
-    encoder: Annotated[str, tyro.conf.arg(name="run")] = ""  # where the run is now, if it was moved
+    # where the run, or the file of weights, is now, if it was moved
+    encoder: Annotated[str, tyro.conf.arg(name="run")] = ""
     folder: str = ""  # where the images are now, if they were moved
     device: str = ""  # that encodes: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
 

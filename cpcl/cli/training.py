@@ -14,7 +14,16 @@ from typing import Annotated, Literal
 import tyro
 from fastcore.basics import patch
 
-from .flags import Range, Repeated, check_ranges, file_values, flag_settings, flat, number_or
+from cpcl.cli.flags import (
+    Range,
+    Repeated,
+    check_ranges,
+    file_values,
+    flag_settings,
+    flat,
+    given_size,
+    number_or,
+)
 
 # %% ../../nbs/cli/01_training.ipynb #05a06c24
 def free_folder(
@@ -78,6 +87,7 @@ class Train:
     height: Annotated[int, Range(1, 4096, zero="the usual one")] = 0
     # image width in pixels; 0: the model's usual one
     width: Annotated[int, Range(1, 4096, zero="the usual one")] = 0
+    size: str = ""  # both at once, as HEIGHTxWIDTH, e.g. 384x128
     # processes that decode images; auto: none if decoded images are kept, else as many as the machine has
     # room for
     workers: Annotated[str, tyro.conf.arg(metavar="INT|auto")] = "auto"
@@ -111,7 +121,7 @@ def _check(self: Train):
 
 
 def _encoder(
-    flags,  # a command with the flags --model, --pretrained, --height and --width
+    flags,  # a command with the flags --model, --pretrained, --size, --height and --width
 ):
     "The towers that the flags ask for."
     from cpcl.encoder import EncoderConfig
@@ -119,7 +129,7 @@ def _encoder(
 
     pretrained = flags.pretrained or ("tiny" if flags.model == "tiny" else "")
     pretrained = "" if pretrained == "none" else str(user_path(pretrained))
-    return EncoderConfig(flags.model, pretrained, flags.height, flags.width)
+    return EncoderConfig(flags.model, pretrained, *given_size(flags))
 
 # %% ../../nbs/cli/01_training.ipynb #9ed61e50
 @patch
@@ -165,13 +175,16 @@ class Eval:
     Or score weights without a run: cpcl eval --model ViT-B-16-quickgelu --pretrained openai --root DIR"""
 
     run_folder: tyro.conf.Positional[str] = ""  # run folder, e.g. runs/demo/cpcl
-    model: str = "tiny"  # without a run: tiny, or an open_clip name such as ViT-B-16-quickgelu
-    # without a run: the weights to score, an open_clip tag such as openai, a file, tiny, or none (random)
+    # without a run: tiny, an open_clip name such as ViT-B-16-quickgelu, an id of the Hugging Face hub
+    # (owner/name), the folder of a published model, or a file of weights that cpcl wrote
+    model: str = ""
+    # without a run: the weights of an open_clip name, a tag such as openai, a file, or none (random)
     pretrained: str = ""
     # without a run: image height in pixels; 0: the model's usual one
     height: Annotated[int, Range(1, 4096, zero="the usual one")] = 0
     # without a run: image width in pixels; 0: the model's usual one
     width: Annotated[int, Range(1, 4096, zero="the usual one")] = 0
+    size: str = ""  # without a run: both at once, as HEIGHTxWIDTH, e.g. 384x128
     # folder of the data set; empty: the one that the run was trained on, without a run the sample set
     root: str = ""
     data: DataName = "auto"  # which data set is in --root; auto: recognise it
@@ -204,17 +217,22 @@ def _check(self: Eval):
 
     check_ranges(self)
     choose_device(self.device)
-    weights = [f"--{n}" for n in ("model", "height", "width") if getattr(self, n) != getattr(Eval, n)]
+    flags = ("model", "height", "width", "size")
+    weights = [f"--{n}" for n in flags if getattr(self, n) != getattr(Eval, n)]
     if self.run_folder and (self.pretrained or weights):
         flag = "--pretrained" if self.pretrained else weights[0]
         raise UserError(f"give a run folder or {flag}, not both: a run has weights of its own")
-    if not self.run_folder and not self.pretrained:
-        wanted = f"{weights[0]} needs --pretrained" if weights else "nothing to score"
-        raise UserError(f"{wanted}: give a run folder, or --pretrained with a tag or a file (and --model)")
+    if not self.run_folder and not self.pretrained and not self.model:
+        wanted = f"{weights[0]} needs --model" if weights else "nothing to score"
+        raise UserError(f"{wanted}: give a run folder, or --model (and --pretrained with a tag or a file)")
     if not self.run_folder and self.which != "last":
         raise UserError(f"--which {self.which} is about the epochs of a run: leave it out with --pretrained")
     if not self.run_folder and self.data != "auto" and not self.root:
         raise UserError(f"--data {self.data} needs --root: the folder of the data set")
+    if not self.run_folder:
+        from cpcl.search.source import find_source
+
+        self._source = find_source(self.model or "tiny", self.pretrained, given_size(self))
 
 # %% ../../nbs/cli/01_training.ipynb #b3593a5b
 @patch
@@ -244,7 +262,9 @@ def _facts(self: Eval, split, person, data):
     "What is scored, by name: for the lines above a table, and for JSON."
     from cpcl.train.start import other_data_note
 
-    weights = dict(model=self.model, weights=self.pretrained) if self.pretrained else {}
+    found = None if self.run_folder else self._source
+    named = dict(model=found.model, weights=self.pretrained or found.pretrained) if found else {}
+    weights = dict(model="a published model", weights=found.run) if found and found.run else named
     return weights | dict(
         name=split.name,
         root=str(split.root),
@@ -260,12 +280,11 @@ def _facts(self: Eval, split, person, data):
 def _load(self: Eval):
     "The encoder to score. What is special about its weights goes to stderr, beside the numbers."
     from functools import partial
-    from cpcl.encoder import load_encoder
     from cpcl.train import load_run
 
     if self.run_folder:
         return load_run(self.run_folder, self.which)
-    return load_encoder(_encoder(self), partial(print, file=sys.stderr))
+    return self._source.load(partial(print, file=sys.stderr))
 
 
 @patch

@@ -12,7 +12,14 @@ import torch
 from torch.utils.data import Dataset
 
 from ..core import UserError, keyed_rng
-from .augment import AugmentConfig, augment, augment_batch, draw_changes, mask_tokens
+from cpcl.data.augment import (
+    CLIP_VOCABULARY,
+    AugmentConfig,
+    augment,
+    augment_batch,
+    draw_changes,
+    mask_tokens,
+)
 from .images import USUAL_FILTER, PixelCache, to_tensor, to_tensors
 from .read import Split
 from .tokens import token_lengths, tokenize
@@ -94,6 +101,11 @@ class ImageRows(Dataset):
         return {"image": to_tensor(self.cache[row]), "row": int(row)}
 
 
+def _tokens_of(split, context_length, words):
+    "The tokens of all captions, by CLIP's tokenizer or another one."
+    return words(split.captions) if words else tokenize(split.captions, context_length)
+
+
 class CaptionRows(Dataset):
     "Every caption once: `tokens`, `row`."
 
@@ -101,8 +113,9 @@ class CaptionRows(Dataset):
         self,
         split: Split,  # whose captions
         context_length: int = 77,  # places of the text tower
+        words=None,  # its tokenizer, an encoder's `words`; None: CLIP's
     ):
-        self.tokens = tokenize(split.captions, context_length)
+        self.tokens = _tokens_of(split, context_length, words)
         self.row_bytes = 8 * context_length + 8
 
     def __len__(self):
@@ -125,9 +138,11 @@ class PairRows(Dataset):
         cache: PixelCache = None,  # of the same split and size; None decodes at every access
         context_length: int = 77,  # places of the text tower
         resize: str = USUAL_FILTER,  # a key of `FILTERS`, the encoder's
+        words=None,  # the tokenizer, an encoder's `words`; None: CLIP's
     ):
         self.images = ImageRows(split, size, cache, resize)
-        self.image_of, self.tokens = split.image_of, tokenize(split.captions, context_length)
+        self.image_of, self.tokens = split.image_of, _tokens_of(split, context_length, words)
+        self.vocabulary = words.vocabulary if words else CLIP_VOCABULARY
         self.augment, self.seed, self.epoch = augment, seed, epoch
         self.row_bytes = self.images.row_bytes + 8 * context_length + 8
 
@@ -151,7 +166,8 @@ class PairRows(Dataset):
         "The tokens of a caption, some of them masked by its key."
         if self.augment is None or not self.augment.mask:
             return self.tokens[j]
-        return mask_tokens(self.tokens[j], self.augment.mask, keyed_rng(*self._key(j), 1))
+        rng = keyed_rng(*self._key(j), 1)
+        return mask_tokens(self.tokens[j], self.augment.mask, rng, self.vocabulary)
 
     def changes(
         self,
@@ -290,9 +306,10 @@ def caption_loader(
     context_length: int = 77,  # places of the text tower
     rank: int = 0,  # this process, 0..world-1
     world: int = 1,  # processes that share the captions
+    words=None,  # the tokenizer, an encoder's `words`; None: CLIP's
 ) -> Loader:  # batches of `tokens`, `row`, short captions first
     "Each caption once, for encoding, sorted by length. Raises UserError if `batch_size` is below 1."
-    data = CaptionRows(split, context_length)
+    data = CaptionRows(split, context_length, words)
     by_length = torch.argsort(token_lengths(data.tokens), stable=True)
     return _encoding_loader(data, batch_size, workers, by_length[rank::world])
 
@@ -313,9 +330,10 @@ def pair_loader(
     captions_per_cluster: int = 1,  # captions of a cluster that follow one another
     resize: str = USUAL_FILTER,  # a key of `FILTERS`, the encoder's
     device="cpu",  # where the steps run; a GPU makes the batches itself if the pixels are kept
+    words=None,  # the tokenizer, an encoder's `words`; None: CLIP's
 ):  # batches of `image`, `tokens`, `image_row`, `caption_row`
     "One training epoch: each caption once with its image. Raises UserError if `batch_size` is below 1."
-    data = PairRows(split, size, augment, seed, epoch, cache, context_length, resize)
+    data = PairRows(split, size, augment, seed, epoch, cache, context_length, resize, words)
     batches = global_batches(len(data), batch_size, seed, epoch, groups, captions_per_cluster)
     mine = [share_of(b, rank, world) for b in batches]
     if (pixels := _kept(data.images.cache, device)) is not None:

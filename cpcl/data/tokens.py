@@ -76,8 +76,8 @@ def has_control_words(
 def token_lengths(
     tokens: torch.Tensor,  # int64 `[B, L]`, from `tokenize`
 ) -> torch.Tensor:  # int64 `[B]`, places used, both ends included
-    "Places up to and including the first end token, where CLIP reads the feature."
-    return (tokens == END_OF_TEXT).int().argmax(1) + 1
+    "Places up to the last one that is not zero: CLIP's end token, where it reads the feature."
+    return tokens.shape[1] - (tokens.flip(1) != 0).int().argmax(1)
 
 
 def caption_lengths(

@@ -24,6 +24,8 @@ class SelfAttention(nn.MultiheadAttention):
         packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in packed.chunk(3, -1))
         mask = attn_mask if attn_mask is None else attn_mask.to(q.dtype)
+        if mask is not None and mask.dim() == 3:  # one for each image or caption and each head
+            mask = mask.unflatten(0, (-1, self.num_heads))
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(heads.transpose(1, 2).flatten(2)), None
 

@@ -77,8 +77,7 @@ def features(
     dtype, share = torch.promote_types(weight.dtype, torch.float32), dict(rank=rank, world=world)
     options = dict(batch_size=batch_size, workers=workers, cache=cache, device=weight.device)
     images = image_loader(split, encoder.image_size, resize=encoder.resize, **options, **share)
-    length = encoder.context_length
-    captions = caption_loader(split, batch_size=2 * batch_size, context_length=length, **share)
+    captions = caption_loader(split, batch_size=2 * batch_size, words=encoder.words, **share)
     encode = partial(encode_rows, width=encoder.width, device=weight.device, add_up=add_up, dtype=dtype)
     was_training = encoder.training
     encoder.eval()

@@ -16,9 +16,10 @@ import torch
 from ..core import UserError, atomic_path, load_open_clip, repo_root
 from ..data.images import USUAL_FILTER, check_filter
 from .lora import merged_weights
-from .others import possible_grids, towers_in, unwrapped
+from .models import PEDESTRIAN, configuration, input_size, is_plain, resize_positions
+from .others import other_tables, possible_grids, towers_in, translated, unwrapped, with_scales
 from .towers import Encoder, EncoderConfig, Reading, architecture, check_size
-from .towers import patch_grid, resize_positions, tag_reading, usual_reading
+from .towers import patch_grid, tag_filter, tag_reading, usual_reading
 from ..files import expect, json_text, parse_json, printable, read_json, short, user_path
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #9b5c3f8b
@@ -272,9 +273,12 @@ def reading_of(
 def filter_of(
     cfg: EncoderConfig,  # model, weights and perhaps a filter; nothing is downloaded
 ) -> str:  # a key of `FILTERS`
-    "The filter by which an encoder has its images resized: the given one, else its file's, else bicubic."
-    said = "" if _is_tag(cfg) or not cfg.pretrained else about(fetch(cfg)).resize
-    return cfg.resize or said or USUAL_FILTER
+    "The filter that resizes an encoder's images: the given one, else its tag's or its file's, else bicubic."
+    if cfg.resize:
+        return cfg.resize
+    if _is_tag(cfg):
+        return tag_filter(cfg.model, cfg.pretrained) or USUAL_FILTER
+    return (about(fetch(cfg)).resize if cfg.pretrained else "") or USUAL_FILTER
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #dc45b699
 def _grid_of(patches, about, cfg, wanted):
@@ -303,6 +307,13 @@ def _table_for(encoder, table, about, cfg):
     except ValueError as e:
         raise UserError(str(e)) from None
 
+# %% ../../nbs/20_encoder/01_weights.ipynb #222f958a
+def _start(cfg, said):
+    "An empty encoder at the size at which a file is read: a plain vision transformer at the size wanted."
+    plain = is_plain(configuration(cfg.model)["vision_cfg"])
+    size = cfg.image_size if plain else said.image_size or input_size(cfg.model).native
+    return Encoder(cfg.model, size, reading_of(cfg), filter_of(cfg)).eval()
+
 # %% ../../nbs/20_encoder/01_weights.ipynb #60ecf7ec
 def _remark(cfg, path, about, encoder, left, grid):
     "How weights were read, in one line. Empty if it is what the model's name and the file's header say."
@@ -317,11 +328,14 @@ def _remark(cfg, path, about, encoder, left, grid):
         twin = f"{cfg.model}-quickgelu"
         if not about.reading and twin in open_clip.list_models():
             said[0] += f" (weights made from OpenAI's want --model {twin})"
-        resized = grid and grid != encoder.grid
-        sizes = ["{}x{}".format(*g) for g in ((grid, encoder.grid) if resized else (encoder.grid,))]
-        said.append(f"positions {' stretched to '.join(sizes)}")
+        sizes = ["{}x{}".format(*g) for g in dict.fromkeys((grid, encoder.grid) if grid else ())]
+        if sizes:
+            said.append(f"positions {' stretched to '.join(sizes)}")
     if left:
         said.append(f"left out {left}")
+    if not cfg.height and cfg.model != "tiny" and encoder.image_size != PEDESTRIAN:
+        usual, size = ("{}x{}".format(*s) for s in (PEDESTRIAN, encoder.image_size))
+        said.append(f"images of {size}, the nearest to {usual} that {cfg.model} takes")
     return f"note: {name}: {'; '.join(said)}" if said else ""
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #9fd04f8c
@@ -340,17 +354,25 @@ def load_encoder(
     if said.model not in ("", cfg.model):
         holds = printable(said.model)[:60]
         raise UserError(f"{printable(path)} holds a {holds}, not a {cfg.model}: give --model {holds}")
-    encoder, grid = Encoder(cfg.model, cfg.image_size, reading_of(cfg), filter_of(cfg)).eval(), None
-    wanted = encoder.clip.state_dict()
+    architecture(cfg.model, cfg.image_size)  # refused before anything is built
+    encoder, grid = _start(cfg, said), None
     try:
-        towers = towers_in(state, wanted)
-        found = {"logit_scale": wanted["logit_scale"]} | towers.state  # IRRA's family has none
-        if (table := found.get(POSITIONS)) is not None:
+        towers = towers_in(translated(state, encoder.clip), encoder.clip.state_dict())
+        found = towers.state
+        if (table := found.get(POSITIONS)) is not None and hasattr(
+            encoder.clip.visual, "positional_embedding"
+        ):
             found[POSITIONS], grid = _table_for(encoder, table, said, cfg)
+        elif not said.image_size and other_tables(found, encoder.clip.state_dict()):
+            encoder.resize_input(cfg.image_size)
     except UserError as e:
         raise UserError(f"{printable(path)} does not fit {cfg.model}: {e}") from None
+    wanted = encoder.clip.state_dict()
+    found = with_scales(found, wanted)
     check_fit(found, wanted, path, cfg.model)
     encoder.clip.load_state_dict({name: x.to(wanted[name].dtype) for name, x in found.items()})
+    if encoder.image_size != cfg.image_size:
+        encoder.resize_input(cfg.image_size)
     if line := _remark(cfg, path, said, encoder, towers.left_out(), grid):
         log(line)
     return encoder

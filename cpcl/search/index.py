@@ -16,15 +16,33 @@ from fastcore.meta import delegates
 from PIL import Image
 
 from ..core import UserError, choose_device, unit
-from ..data.tokens import has_control_words, unseen_text
 from ..encoder.reading import for_reading
+from ..encoder.towers import Encoder
 from ..files import digest, is_unicode, short, user_path
 from .build import build_index, open_store
 from .columns import find_filters, unknown_note
 from .gallery import read_found
 from .manifest import Manifest
+from .source import fingerprint, source_of
 from .widget import Finder
-from ..train.checkpoint import encoder_file, load_run
+
+# %% ../../nbs/search/07_index.ipynb #e08f9876
+def _load(manifest):
+    "The encoder that a manifest names. Raises UserError if its weights are gone, or are others."
+    source, again = source_of(manifest), "build the index again"
+    try:
+        weights = source.file()
+    except UserError as e:
+        moved = f"if the {'run' if source.run else 'file'} of this index was moved"
+        raise UserError(f"{e} ({moved}, give its new place with --run)") from None
+    if weights and digest(weights) != manifest.weights:
+        raise UserError(f"{weights} holds other weights than the index: {again}")
+    encoder = source.load(log=lambda line: None)
+    if not weights and fingerprint(encoder) != manifest.weights:
+        raise UserError(f"random weights of {source.model} are other ones here than in the index: {again}")
+    if encoder.width != manifest.width:
+        raise UserError(f"{weights or source} makes other vectors than the index holds: {again}")
+    return encoder
 
 # %% ../../nbs/search/07_index.ipynb #68114c58
 class Index:
@@ -67,18 +85,7 @@ class Index:
     def encoder(self):  # an `Encoder` in eval mode
         "The towers. Raises UserError if the run has other weights than the index."
         if self._encoder is None:
-            try:
-                weights = encoder_file(self.manifest.run)
-            except UserError as e:
-                raise UserError(
-                    f"{e} (if the run of this index was moved, give its new place with --run)"
-                ) from None
-            if digest(weights) != self.manifest.weights:
-                raise UserError(f"{weights} holds other weights than the index: build the index again")
-            encoder = for_reading(load_run(self.manifest.run), self.device)
-            if encoder.width != self.manifest.width:
-                raise UserError(f"{weights} makes other vectors than the index holds: build the index again")
-            self._encoder = encoder
+            self._encoder = for_reading(_load(self.manifest), self.device)
         return self._encoder
 
 # %% ../../nbs/search/07_index.ipynb #2cc08ff2
@@ -86,21 +93,32 @@ class Index:
 def open(
     cls,
     index,  # folder where `build` wrote
-    run=None,  # where the run is now, if it was moved
+    run=None,  # where the run or the file of weights is now, if it was moved; or an `Encoder`
     folder=None,  # where the images are now, if they were moved
     device: str = "",  # that encodes queries: "cuda", "mps" or "cpu"; empty: the fastest of this machine
 ) -> Index:
     "Open an index. Raises UserError if it is damaged, its server does not answer, or `folder` is no folder."
     choose_device(device)
     manifest, store = open_store(index)
-    if run:
-        manifest = replace(manifest, run=str(user_path(run).resolve()))
+    encoder = run if isinstance(run, Encoder) else None
+    if encoder is not None and fingerprint(encoder) != manifest.weights:
+        raise UserError("this index was made with another encoder than the given one: build it again")
+    if run and encoder is None:
+        manifest = _moved(manifest, run)
     if folder:
         place = user_path(folder).resolve()
         if not place.is_dir():
             raise UserError(f"{place} is not a folder: give the place where the images are now")
         manifest = replace(manifest, folder=str(place))
-    return cls(manifest, store, device=device)
+    return cls(manifest, store, encoder and for_reading(encoder, device), device)
+
+
+def _moved(manifest, place):
+    "A manifest whose encoder is at another place: a run, or the file of weights of a model by its name."
+    place = user_path(place).resolve()
+    if place.is_file() and not manifest.run:
+        return replace(manifest, pretrained=str(place))
+    return replace(manifest, run=str(place))
 
 
 @patch_to(Index, cls_method=True)
@@ -108,13 +126,13 @@ def open(
 def build(
     cls,
     folder,  # of image crops, or a `Split`
-    run,  # run folder whose last encoder is used, or the folder of a published model
-    out,  # folder of the index
+    model=None,  # an `Encoder`, a run, a published model, a file, or a name such as "tiny"; None: as before
+    out=None,  # folder of the index; None: FOLDER-index
     columns=None,  # CSV file or DataFrame with a column `path`
     **kwargs,
 ) -> Index:  # None in the other processes if several build it together
     "Encode what is new or changed, drop what is gone (as `build_index`)."
-    made = build_index(folder, run, out, columns, **kwargs)
+    made = build_index(folder, model, out, columns, **kwargs)
     return cls(*made) if made else None
 
 # %% ../../nbs/search/07_index.ipynb #7a7e4b83
@@ -167,11 +185,11 @@ UNSEEN = ", not seen: "
 @patch
 def _notes(self: Index, *texts):
     "What in these sentences is not read as it is written, in lines."
-    notes, places = [], self.encoder.context_length if texts else 0
+    notes, words = [], self.encoder.words if texts else None
     for text in texts:
-        if rest := unseen_text(text, places):
-            notes.append(f"only the first {places} tokens of a query count{UNSEEN}{short(rest, 200)}")
-        if has_control_words(text):
+        if rest := words.unseen(text):
+            notes.append(f"only the first {words.places} tokens of a query count{UNSEEN}{short(rest, 200)}")
+        if words.has_control_words(text):
             notes.append("a control word of the tokenizer (like <end_of_text>) is read as plain text")
     return list(dict.fromkeys(notes))
 

@@ -31,11 +31,13 @@ class Manifest:
 
     format: int = FORMAT  # of this file
     folder: str  # of the images, absolute
-    run: str  # folder of the run or of the published model, absolute
+    run: str  # folder of the run or of the published model, absolute; empty: `model` with `pretrained`
     weights: str  # `digest` of the encoder's file
     model: str  # name of the encoder
     width: int  # numbers per vector
     images: int = 0  # how many are indexed
+    pretrained: str = ""  # weights of a model by its name: a tag, "tiny", a file, "none" or "memory"
+    image_size: list = field(default_factory=list)  # [height, width] in pixels; empty in an older index
     columns: dict  # name of a column -> its values, sorted; None if there are too many for a filter
     unreadable: list  # [path, size, mtime_ns] of every file that could not be read
     store: str = ""  # address of a Milvus server; empty: files in the index's folder
@@ -51,8 +53,9 @@ class Manifest:
         values = asdict(self)
         if not self.store:
             values.pop("collection")
-        if not self.previous:
-            values.pop("previous")
+        for name in ("pretrained", "image_size", "previous"):
+            if not values[name]:
+                values.pop(name)
         return values
 
 # %% ../../nbs/search/02_manifest.ipynb #bb37397a
@@ -120,6 +123,14 @@ def _names(value, what):
         _name(name, f"a name of {what}")
 
 
+def _sides(value, what):
+    "[height, width] in pixels, or nothing."
+    if len(expect(value, list, what)) not in (0, 2):
+        raise UserError(f"{what} must be [height, width], got {short(value)}")
+    for side in value:
+        _whole(side, f"a side of {what}", 1, 4096)
+
+
 def _share(value, what):
     "A number in 0..1, or null."
     if expect(value, (float, type(None)), what) is not None and not 0 <= value <= 1:
@@ -127,10 +138,10 @@ def _share(value, what):
 
 
 _CHECKS = dict.fromkeys(
-    ("folder", "run", "weights", "model", "store", "kind", "written", "collection"), _text
+    ("folder", "run", "weights", "model", "pretrained", "store", "kind", "written", "collection"), _text
 )
 _CHECKS |= dict(width=lambda v, what: _whole(v, what, 1, 2**20), images=_whole, columns=_columns)
-_CHECKS |= dict(unreadable=_states, recall=_share, files=_files, previous=_names)
+_CHECKS |= dict(unreadable=_states, recall=_share, files=_files, previous=_names, image_size=_sides)
 _NEEDED = ("folder", "run", "weights", "model", "width", "columns", "unreadable", "store")
 
 

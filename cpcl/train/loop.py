@@ -15,8 +15,7 @@ from ..core import Stopwatch, UserError, seed_everything
 from ..data.images import PixelCache
 from ..data.batches import loader_workers, pair_loader
 from ..data.read import Split
-from ..encoder.frozen import freeze
-from ..encoder.lora import add_adapters
+from ..encoder.lora import prepare_towers
 from ..encoder.weights import read_header, save_encoder
 from ..files import expect, user_path, write_json
 from ..hcm import hcm_loss
@@ -216,9 +215,7 @@ def _open(run, cfg, data, resume, hooks, half):
 def _restore(cfg, encoder, half, run, resume, device, log):
     "Encoder, optimiser, scaler and history as the run starts, or as it was left."
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
-    freeze(encoder, cfg.optim.freeze)
-    add_adapters(encoder, cfg.optim.lora)
-    encoder.clip.set_grad_checkpointing(cfg.optim.checkpointing)
+    prepare_towers(encoder, cfg.optim.freeze, cfg.optim.lora, cfg.optim.checkpointing, log)
     optimizer, scaler = build_optimizer(encoder, cfg.optim), Scaler(half, device)
     found = once(lambda: newest_state(run, log) if resume else None)
     if found is None:
@@ -281,6 +278,7 @@ def _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator):
         captions_per_cluster=cfg.labels.captions_per_cluster,
         resize=encoder.resize,
         device=accelerator.device,
+        words=encoder.words,
         **share(accelerator),
     )
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from ..core import UserError, default_device, need, progress
 from ..data.images import PixelCache
 from ..data.read import Split, detect, has_split, load_person, load_split
-from ..data.tokens import cut_note
-from ..encoder.towers import EncoderConfig
+from ..encoder.towers import EncoderConfig, architecture
 from ..encoder.extract import features
 from ..encoder.weights import filter_of
+from ..encoder.words import words_of
 from ..eval.label_quality import quality_of
 from ..eval.scores import evaluate
 from ..hcm import hcm_loss
@@ -126,7 +126,7 @@ def train_run(
     once(lambda: check_run(run, cfg, data | dict(weights=weights_of(cfg.encoder)), resume, names))
     caches = {s: _cache(split, cfg.encoder, cache) for s, split in (held_out | {"train": train}).items()}
     if first:
-        if note := cut_note(train.captions):
+        if note := words_of(cfg.encoder.model).note(train.captions):
             log(f"note: {note}")
         _say_counts(cfg, train, log)
         _read_images(caches.values())
@@ -163,6 +163,7 @@ def _check(cfg, train, truth, root, trackers):
     "What can be known to fail before an image is read."
     tracker_names(trackers)
     check_rows(cfg.labels, len(train.images), len(train.captions))
+    architecture(cfg.encoder.model, cfg.encoder.image_size)
     if cfg.optim.lora:
         need("peft", "peft")
     if cfg.labels.source == "person" and truth is None:
