@@ -1,6 +1,6 @@
 "Bad input: one line that names the cause and says what to do, exit status 2, no file. Unusual input is read."
 
-import contextlib, io, json, os, pickle, shutil, struct, warnings, zipfile, zlib
+import contextlib, io, json, os, pickle, shutil, struct, tarfile, warnings, zipfile, zlib
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -172,6 +172,22 @@ def own(text, name="captions.jsonl"):
         for n in ("a.jpg", "b.jpg"):
             Image.new("RGB", (24, 48)).save(tmp / "set" / n)
         (tmp / "set" / name).write_bytes(as_bytes(text))
+
+    return make
+
+
+def shard(files, change=lambda p: None):
+    "A folder with one tar archive of these files, which is then changed."
+
+    @needing()
+    def make(tmp):
+        (tmp / "set").mkdir()
+        with tarfile.open(tmp / "set" / "a.tar", "w") as tar:
+            for name, content in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        change(tmp / "set" / "a.tar")
 
     return make
 
@@ -436,7 +452,7 @@ BAD = {
         Case(
             "a table with other columns",
             TRAIN,
-            ("captions.csv", "columns image and caption", "got photo, text"),
+            ("captions.csv", "columns image and caption", "got photo, text", "also accepted: file_name"),
             own("photo\ttext\na.jpg\ta man\n", "captions.csv"),
         ),
         Case(
@@ -469,7 +485,13 @@ BAD = {
         Case(
             "no annotation",
             "train --root {tmp}/bare --out {tmp}/out",
-            ("no annotation in", "reid_raw.json", "captions.csv"),
+            (
+                "no annotation in",
+                "reid_raw.json",
+                "captions.csv",
+                "metadata.csv",
+                "image,caption / 0001.jpg,a man",
+            ),
             put("bare/readme.txt", "hello"),
         ),
         Case(
@@ -497,7 +519,59 @@ BAD = {
         Case(
             "a folder that is a file",
             TRAIN.replace("{set}", "{set}/reid_raw.json"),
-            ("no such folder", "reid_raw.json"),
+            ("reid_raw.json is a file, and none of .csv", "give the folder"),
+        ),
+        Case(
+            "a table that is not there",
+            TRAIN.replace("{set}", "{tmp}/captions.csv"),
+            ("no such folder", "captions.csv"),
+        ),
+        Case(
+            "own: a Parquet file that is none",
+            TRAIN,
+            ("captions.parquet is no intact Parquet file", "get it again"),
+            own("image,caption\na.jpg,a man\n", "captions.parquet"),
+        ),
+        Case(
+            "own: in Latin-1",
+            TRAIN,
+            ("captions.csv is not UTF-8", "save it as UTF-8", "reads as cp1252: 'a.jpg,ein Mädchen'"),
+            own("image,caption\na.jpg,ein Mädchen\n".encode("latin-1"), "captions.csv"),
+        ),
+        Case(
+            "own: an empty table",
+            TRAIN,
+            ("captions.tsv", "contains no records"),
+            own("image\tcaption\n", "captions.tsv"),
+        ),
+        Case(
+            "own: an image without a text",
+            TRAIN,
+            ("1 images", "have no text (b.jpg)", "write x.txt beside x.jpg"),
+            own("a man", "a.txt"),
+        ),
+        Case(
+            "own: a text without an image",
+            TRAIN,
+            ("1 texts", "have no image (c.txt)", "copy the images there"),
+            lambda tmp: [own("a man", "a.txt")(tmp), put("set/b.txt", "x")(tmp), put("set/c.txt", "x")(tmp)],
+        ),
+        Case(
+            "own: a tar cut in the middle",
+            TRAIN,
+            ("a.tar is no intact tar archive", "get it again"),
+            shard({"a.jpg": b"x" * 999, "a.txt": b"a man"}, cut(700)),
+        ),
+        Case(
+            "own: a sample without a caption",
+            TRAIN,
+            ("a.tar, sample a: no caption", "a line in a .txt"),
+            shard({"a.jpg": b"x"}),
+        ),
+        Case(
+            "shards of which some are missing",
+            TRAIN.replace("{set}", "{set}/a-{{0..2}}.tar"),
+            ("3 of 3 shards are missing", "a-0.tar"),
         ),
         Case(
             "own: a truncated line",
@@ -508,8 +582,8 @@ BAD = {
         Case(
             "own: no caption column",
             TRAIN,
-            ("captions.csv", "image and caption", "text"),
-            own("image,text\na.jpg,a man\n", "captions.csv"),
+            ("captions.csv", "image and caption", "got image, words", "caption"),
+            own("image,words\na.jpg,a man\n", "captions.csv"),
         ),
         Case(
             "own: a comma without quotes",

@@ -4,6 +4,7 @@ import csv, html, io, json, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -13,7 +14,8 @@ from cpcl.core import UserError
 from cpcl.data.augment import AugmentConfig, augment
 from cpcl.data.batches import ImagesOn, PairsOn, collate, image_loader, pair_loader
 from cpcl.data.doctor import doctor
-from cpcl.data.images import IMAGE_SUFFIXES, PixelCache, pixels_of, read_image
+from cpcl.data.images import PixelCache, pixels_of, read_image
+from cpcl.data.locate import IMAGE_SUFFIXES
 from cpcl.data.parse import ANNOTATIONS, SPLIT_NAMES
 from cpcl.data.read import Split, load_person, load_split
 from cpcl.data.tokens import caption_lengths, cut_captions, has_control_words, token_lengths, tokenize
@@ -308,7 +310,7 @@ def test_heic_is_read_where_pillow_can(tmp_path):
         "    Image.register_open('HEIF', lambda *file: Image.new('RGB', (3, 4)), lambda s: b'ftyp' in s)\n"
     )
     code = (
-        "import sys\nfrom cpcl.data.images import *\n"
+        "import sys\nfrom cpcl.data.images import *\nfrom cpcl.data.locate import IMAGE_SUFFIXES\n"
         "print('.heic' in IMAGE_SUFFIXES, read_image(sys.argv[1]).size)"
     )
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 50)
@@ -509,9 +511,9 @@ def annotated(file, key, first):
     if file.endswith(".jsonl"):
         rows = [{"image": f, "caption": c, "person": p, "split": s} for f, c, p, s in FACTS]
         return "\n".join(map(json.dumps, rows))
-    if file.endswith(".csv"):
-        rows = [("image", "caption", "person", "split"), *FACTS]
-        return "\n".join(",".join(map(str, r)) for r in rows)
+    if file.endswith((".csv", ".tsv")):
+        rows, mark = [("image", "caption", "person", "split"), *FACTS], "," if file.endswith("csv") else "\t"
+        return "\n".join(mark.join(map(str, r)) for r in rows)
     return json.dumps([{key: f, "captions": [c], "id": p + first, "split": s} for f, c, p, s in FACTS])
 
 
@@ -530,7 +532,10 @@ def test_every_layout_reads_the_same_facts(name, key, first, tmp_path):
         (root / "imgs").mkdir(parents=True)
         for image, *_ in FACTS:
             Image.new("RGB", (8, 20)).save(root / "imgs" / image)
-        (root / file).write_text(annotated(file, key, first))
+        if file.endswith(".parquet"):
+            pd.DataFrame(FACTS, columns=["image", "caption", "person", "split"]).to_parquet(root / file)
+        else:
+            (root / file).write_text(annotated(file, key, first))
         for k, s in enumerate(SPLIT_NAMES):
             split = load_split(root, split=s)
             assert split.images == (f"imgs/{2 * k}.jpg", f"imgs/{2 * k + 1}.jpg")

@@ -1,9 +1,10 @@
 "Every file that cpcl reads, damaged or hostile: it is read, or one line says what is wrong."
 
-import contextlib, io, json, struct
+import contextlib, io, json, struct, tarfile
 from pathlib import Path
 from unittest import mock
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -304,6 +305,26 @@ def valid_json(base, file):
 
 RECORD = [dict(file_path="a.jpg", img_path="a.jpg", id=1, captions=["a man", "he walks"], split="train")]
 OWN = [dict(image="a.jpg", caption="a man", person=1, split="train"), dict(image="a.jpg", caption="he runs")]
+
+
+def parquet():
+    "The bytes of a table of captions."
+    held = io.BytesIO()
+    pd.DataFrame(dict(image=["a.jpg"], captions=[["a man", "he runs"]], person=[1])).to_parquet(held)
+    return held.getvalue()
+
+
+def shard():
+    "The bytes of a tar archive with one sample."
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w") as tar:
+        for name, content in {"0.jpg": b"pixels", "0.txt": b"a man", "0.json": b'{"person": "x"}'}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return held.getvalue()
+
+
 FILES = {  # what it is -> (file, bytes like those of a valid one, what reads it)
     "a run's config.json": (
         "run/config.json",
@@ -403,6 +424,8 @@ FILES = {  # what it is -> (file, bytes like those of a valid one, what reads it
     },
     "an own annotation": ("set/captions.jsonl", lambda base: json_lines(OWN), data_set("own")),
     "a table": ("set/captions.csv", lambda base: tables(), data_set("own")),
+    "a Parquet table": ("set/captions.parquet", lambda base: damaged(parquet()), data_set("own")),
+    "a shard": ("set/a.tar", lambda base: damaged(shard()), data_set("own")),
 }
 QUIET = dict(deadline=None, suppress_health_check=list(HealthCheck), database=None)
 

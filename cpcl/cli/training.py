@@ -135,6 +135,7 @@ def _encoder(
 @patch
 def run(self: Train) -> int:  # exit status
     "Train, score, print where the run is."
+    from cpcl.data.sources import title_of
     from cpcl.files import printable, user_path
     from cpcl.lab import sample_set
     from cpcl.train import train_run
@@ -142,7 +143,7 @@ def run(self: Train) -> int:  # exit status
     self._check()
     root = user_path(self.root) if self.root else sample_set()
     own = {name: str(user_path(getattr(self, name))) for name in ("loss", "labels") if getattr(self, name)}
-    name = f"{root.resolve().name}-{self.preset}-{self.seed}"
+    name = f"{title_of(root)}-{self.preset}-{self.seed}"
     out = user_path(self.out) if self.out else free_folder(Path("runs"), name, self.resume)
     usual = "tiny" if self.model == "tiny" else "paper"
     _, given = file_values(self)
@@ -240,7 +241,8 @@ def _split(self: Eval, data):
     "The split to score. Raises UserError if nothing says where it is."
     from cpcl.core import UserError
     from cpcl.data import load_split
-    from cpcl.files import printable, user_path
+    from cpcl.data.sources import is_there
+    from cpcl.files import printable
 
     root = self.root or data.get("root", "")
     if not root and not self.run_folder:
@@ -250,7 +252,7 @@ def _split(self: Eval, data):
     if not root:
         why = f"{printable(self.run_folder)} does not say which data it was trained on"
         raise UserError(f"{why}: give --root, the folder of the data set")
-    if not self.root and not user_path(root).is_dir():
+    if not self.root and not is_there(root):
         what = f"the run was trained on {printable(root)}, which is not there"
         raise UserError(f"{what}: give --root, the place of the data now")
     name = data.get("name") if not self.root else None

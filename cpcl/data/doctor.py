@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import UserError, progress
-from .images import read_image
+from .images import rgb_of
+from .memory import in_memory
 from .parse import SPLIT_NAMES
 from .read import Split, detect, has_split, load_person, load_split
 from .tokens import cut_captions, cut_note, has_control_words
@@ -70,7 +71,7 @@ def decode_all(
 
     def _size(row):
         try:
-            return read_image(split.path(row)).size
+            return rgb_of(split.image(row)).size
         except UserError as e:
             return str(e)
 
@@ -213,18 +214,19 @@ def _about_captions(split):
 
 # %% ../../nbs/10_data/06_doctor.ipynb #b4b87310
 def doctor(
-    root,  # folder of the data set
+    root,  # as for `load_split`
     name: str = None,  # as for `load_split`; None detects it
     decode: bool = True,  # decode every image (minutes for a benchmark); False looks at names only
     workers: int = 2,  # threads that decode
 ) -> Report:  # with what is wrong in it: no UserError is raised
     "Check a data set: counts, captions, sizes, unreadable files, people in two splits."
     figures, sizes, people, unreadable, problems, about = {}, {}, {}, [], [], []
+    where = Path("(in memory)") if in_memory(root) else Path(root)
     try:
         name = name or detect(root)
         splits = [s for s in SPLIT_NAMES if has_split(root, name, s)]
     except UserError as e:
-        return Report(Path(root), name or "unknown data", problems=(str(e),))
+        return Report(where, name or "unknown data", problems=(str(e),))
     name = name.lower()
     for s in splits:
         try:
@@ -244,4 +246,4 @@ def doctor(
     complete = len(figures) == len(splits)
     differ, notes = compare_published(name, figures) if complete else ([], [])
     problems, notes = [*problems, *differ], [*notes, *about, *_what_for(name, splits)]
-    return Report(Path(root), name, figures, sizes, tuple(unreadable), tuple(problems), tuple(notes))
+    return Report(where, name, figures, sizes, tuple(unreadable), tuple(problems), tuple(notes))

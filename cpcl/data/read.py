@@ -6,16 +6,19 @@
 __all__ = ['Split', 'detect', 'load_split', 'has_split', 'load_person']
 
 # %% ../../nbs/10_data/00_read.ipynb #fa0c1f5f
-import filecmp, os
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import UserError
 from .locate import locate_images
-from .parse import ANNOTATIONS, SPLIT_NAMES, check_split, composed, read_annotation
-from ..files import printable, user_path
+from .memory import ImagesInMemory, images_in, in_memory
+from .parse import SPLIT_NAMES, check_split, composed
+from .shards import image_state, split_at_archive
+from .sources import annotation_of, find_source
 
 # %% ../../nbs/10_data/00_read.ipynb #b23c0ef7
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,7 @@ class Split:
     images: tuple[str, ...]  # `N` paths relative to `root`, each once, in annotation order
     captions: tuple[str, ...]  # `M` captions, in annotation order
     image_of: np.ndarray  # int64 `[M]`, a(j): the image row of caption row j
+    source: object = None  # the table or the shards, if not the folder was given; the images, if in memory
 
     def __post_init__(self):
         n, m = len(self.images), len(self.captions)
@@ -48,89 +52,82 @@ class Split:
         self,
         row: int,  # image row, 0..N-1
     ) -> Path:  # its file
-        "The file of image `row`."
+        "The file of image `row`. In a tar archive, the archive's path and the name in it."
+        if isinstance(self.source, ImagesInMemory):
+            raise UserError("these images are in memory and have no files: save them to a folder first")
         return Path(self.root) / self.images[row]
 
-# %% ../../nbs/10_data/00_read.ipynb #abd482c3
-def _folder(root):
-    root = Path(os.path.abspath(user_path(root)))
-    if not root.is_dir():
-        raise UserError(f"no such folder: {printable(root)} (check the path)")
-    return root
+# %% ../../nbs/10_data/00_read.ipynb #4eac09ad
+@patch
+def image(
+    self: Split,
+    row: int,  # image row, 0..N-1
+):  # its file, or a PIL image if it is in memory
+    "What `pixels_of` reads image `row` from."
+    held = self.source
+    return held.image(self.images[row]) if isinstance(held, ImagesInMemory) else self.path(row)
 
 
-def _annotation_file(root, name):
-    "The annotation of `name` under `root`, or None. Raises UserError if there are two and they differ."
-    found = [root / f for f in ANNOTATIONS[name] if (root / f).is_file()]
-    if len(found) > 1 and not filecmp.cmp(*found, shallow=False):
-        raise UserError(f"{root} contains {found[0].name} and {found[1].name}, and they differ: keep one")
-    return found[0] if found else None
+@patch
+def mark(
+    self: Split,
+    row: int,  # image row, 0..N-1
+) -> int:  # the size of a file in bytes
+    "A number that changes when image `row` does. Raises OSError if it is missing."
+    held = self.source
+    return held.mark(self.images[row]) if isinstance(held, ImagesInMemory) else image_state(self.path(row))[0]
 
 
-def _has_file(folder, names):
-    return folder.is_dir() and any((folder / n).is_file() for n in names)
-
-
-def _no_annotation(root, names):
-    "The message for a folder without the annotation of any of `names`, with the usual reason if it applies."
-    if "cuhk-pedes" in names and (root / "caption_all.json").is_file():
-        return (
-            f"{root} contains caption_all.json, which has no split and other ids: "
-            "CUHK-PEDES is read from reid_raw.json, copy that file there"
-        )
-    files = [f for n in names for f in ANNOTATIONS[n]]
-    below = [d for d in sorted(root.iterdir()) if _has_file(d, files)]
-    message = f"no annotation in {root} (looked for {', '.join(files)})"
-    return f"{message}: did you mean {below[0]}?" if below else message
+@patch(as_prop=True)
+def given(self: Split) -> Path | None:
+    "What the data set can be loaded from again: a folder, a table, shards. None if it is in memory."
+    return None if isinstance(self.source, ImagesInMemory) else Path(self.source or self.root)
 
 # %% ../../nbs/10_data/00_read.ipynb #31899728
+def _annotation(root, name):
+    "(source, annotation) of a data set: a `Source`, or an `ImagesInMemory`."
+    if in_memory(root):
+        if name not in (None, "own"):
+            raise UserError(f"data in memory are your own, and not {name!r}: leave name= out")
+        return images_in(root), images_in(root).annotation
+    source = find_source(root, name)
+    return source, annotation_of(source)
+
+
 def detect(
-    root,  # folder of a data set
+    root,  # folder of a data set, a table, shards, or data in memory
 ) -> str:  # "cuhk-pedes", "icfg-pedes", "rstpreid" or "own"
     "Recognise a data set by its annotation. Raises UserError if there is none or more than one."
-    root = _folder(root)
-    found = [n for n in ANNOTATIONS if _annotation_file(root, n)]
-    if not found:
-        raise UserError(_no_annotation(root, list(ANNOTATIONS)))
-    if len(found) > 1:
-        raise UserError(
-            f"{root} contains the annotations of {' and '.join(found)}: choose one with name= (or --data)"
-        )
-    return found[0]
-
-
-def _annotation(root, name):
-    "(name, annotation) of a data set, its name detected where it is None."
-    root = _folder(root)
-    if name is None:
-        name = detect(root)
-    if not isinstance(name, str) or name.lower() not in ANNOTATIONS:
-        raise UserError(f"unknown data set {name!r} (choose one of {', '.join(ANNOTATIONS)})")
-    name = name.lower()
-    file = _annotation_file(root, name)
-    if file is None:
-        raise UserError(_no_annotation(root, [name]))
-    return name, read_annotation(file, name)
+    return "own" if in_memory(root) else find_source(root).name
 
 # %% ../../nbs/10_data/00_read.ipynb #323c0660
 def load_split(
-    root,  # folder of the data set
+    root,  # folder of a data set; a table, shards, or data in memory (a `datasets.Dataset`)
     name: str = None,  # "cuhk-pedes", "icfg-pedes", "rstpreid", "own"; None detects it
     split: str = "train",  # "train", "val" or "test"
 ) -> Split:  # images and captions by row, without identities
     "Read one split. Raises UserError if its annotation or a file is missing or wrong."
     check_split(split)
-    name, ann = _annotation(root, name)
-    root = _folder(root)
+    source, ann = _annotation(root, name)
+    held = isinstance(source, ImagesInMemory)
+    where, name = (Path("(in memory)"), "own") if held else (source.root, source.name)
     keep = ann.split == SPLIT_NAMES.index(split)
     if not keep.any():
-        raise UserError(_no_split(root, name, ann, split))
+        raise UserError(_no_split(where if held else source.what, name, ann, split))
     row = np.cumsum(keep) - 1  # image row in the annotation -> image row in the split
     mine = keep[ann.image_of]
     images = [p for p, k in zip(ann.images, keep) if k]
     captions = tuple(c for c, k in zip(ann.captions, mine) if k)
-    images = tuple(locate_images(root, name, images, split))
-    return Split(root, name, split, images, captions, row[ann.image_of[mine]])
+    images = tuple(images if held else _located(where, name, images, split))
+    given = source if held else source.given
+    return Split(where, name, split, images, captions, row[ann.image_of[mine]], given)
+
+
+def _located(root, name, images, split):
+    "Where the images of a split are: those in archives are where their archives say."
+    files = [p for p in images if not split_at_archive(os.path.join(root, p))]
+    found = dict(zip(files, locate_images(root, name, files, split))) if files else {}
+    return [found.get(p, p) for p in images]
 
 
 def _no_split(root, name, ann, split):
@@ -144,7 +141,7 @@ def _no_split(root, name, ann, split):
 
 # %% ../../nbs/10_data/00_read.ipynb #e907a12b
 def has_split(
-    root,  # folder of the data set
+    root,  # as for `load_split`
     name: str = None,  # as for `load_split`
     split: str = "val",  # "train", "val" or "test"
 ) -> bool:  # whether the annotation has rows of it
@@ -157,7 +154,8 @@ def load_person(
     split: Split,  # as returned by `load_split`, or a part of it
 ) -> np.ndarray | None:  # int64 `[N]`, the true identity of each image row; None if the folder has none
     "True identities of a split's images, for evaluation only. Raises UserError if its annotation changed."
-    _, ann = _annotation(split.root, split.name)
+    held = isinstance(split.source, ImagesInMemory)
+    ann = split.source.annotation if held else _annotation(split.given, split.name)[1]
     row = {p: i for i, p in enumerate(ann.images)}
     for prefix in ("imgs/", ""):
         names = [composed(p.removeprefix(prefix)) for p in split.images]

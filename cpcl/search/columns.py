@@ -17,8 +17,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError
-from ..data.parse import DELIMITERS, check_path, composed
-from ..files import is_unicode, printable, read_text, short, user_path
+from ..data.parse import check_path, composed
+from ..data.parquet import parquet_rows, picture_column
+from ..data.tables import DELIMITERS, IMAGE_COLUMNS, named, table_text
+from ..files import is_unicode, printable, short, user_path
 from .manifest import LONGEST, MANY
 
 # %% ../../nbs/search/01_columns.ipynb #9c8331b5
@@ -55,14 +57,15 @@ def as_text(
 
 # %% ../../nbs/search/01_columns.ipynb #e2645516
 def _delimiter(text):
-    "The character that divides the first line of a table such that it has a column `path`, else a comma."
+    "The character that divides the first line of a table such that it names the images, else a comma."
     first = re.split(r"\r?\n|\r", text, maxsplit=1)[0]
-    return next((m for m in DELIMITERS if "path" in [c.strip(' "') for c in first.split(m)]), ",")
+    divided = ({c.strip(' "') for c in first.split(m)} for m in DELIMITERS)
+    return next((m for m, names in zip(DELIMITERS, divided) if names & {*IMAGE_COLUMNS}), ",")
 
 
 def _read_csv(file):
     "A CSV file as a table of texts, its header in row 0. Raises UserError if it cannot be read."
-    text = re.sub(r"\Asep=.\r?\n", "", read_text(file), flags=re.I)
+    text = re.sub(r"\Asep=.\r?\n", "", table_text(file), flags=re.I)
     how = dict(sep=_delimiter(text), dtype=str, keep_default_na=False, index_col=False, header=None)
     try:
         with warnings.catch_warnings():
@@ -86,12 +89,21 @@ def _named(table, names, what):
     return table
 
 
+def _no_pictures(schema):
+    "The columns of a Parquet file without its images."
+    return [name for name in schema.names if name != picture_column(schema)]
+
+
 def _load(table):
     "The table that a user gives, and what to call it in a message."
     if isinstance(table, pd.DataFrame):
         return _named(table, table.columns, "the table"), "the table"
     file = user_path(table)
-    rows, what = _read_csv(file), f"the table {file}"
+    what = f"the table {file}"
+    if file.suffix.lower() == ".parquet":
+        table = pd.DataFrame(list(parquet_rows(file, _no_pictures)), dtype=object)
+        return _named(table, table.columns, what), what
+    rows = _read_csv(file)
     return _named(rows.iloc[1:], rows.iloc[0], what), what
 
 # %% ../../nbs/search/01_columns.ipynb #3380651b
@@ -123,11 +135,13 @@ def _texts(column, what):
 
 
 def read_columns(
-    table,  # a CSV file or a DataFrame with a column `path`, relative to the folder of the images
+    table,  # a CSV or Parquet file or a DataFrame with a column `path`, relative to the folder of the images
     known=(),  # paths of images, which are taken as they are
 ) -> pd.DataFrame:  # columns of text, `path` as the index
     "Read what a table says about the images. Raises UserError if it has no usable column `path`."
     table, what = _load(table)
+    if "path" not in table and (image := named(table.columns, IMAGE_COLUMNS)):
+        table = table.rename(columns={image: "path"})  # e.g. the metadata.csv of an image folder
     names = [printable(name) for name in table.columns]
     if "path" not in names:
         raise UserError(f"{what} needs a column `path`, it has {', '.join(names)}")

@@ -6,7 +6,6 @@
 __all__ = ['AT_ONCE', 'encode_images', 'share_of_piece', 'encode_share', 'encode_todo']
 
 # %% ../../nbs/search/04_shares.ipynb #b804ee3a
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 
 from ..core import UserError, progress
 from ..data.images import pixels_of, to_tensor
+from ..data.shards import image_state
 from ..train.processes import in_first, place
 
 # %% ../../nbs/search/04_shares.ipynb #e3642966
@@ -67,7 +67,7 @@ def share_of_piece(
 def _size(file):
     "The size of a file in bytes, -1 if it is not there."
     try:
-        return os.stat(file).st_size
+        return image_state(file)[0]
     except OSError:
         return -1
 

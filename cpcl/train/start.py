@@ -8,7 +8,7 @@ __all__ = ['RUN_FILES', 'split_fingerprint', 'data_facts', 'weights_of', 'traine
            'remove_run']
 
 # %% ../../nbs/80_train/11_start.ipynb #de995d57
-import contextlib, hashlib, os
+import contextlib, hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def split_fingerprint(
     split: Split,  # whose images and captions
 ) -> str:  # 16 hexadecimal digits
     "What a split holds, in a few digits: captions, images by name and size, and which belong together."
-    sizes = [os.stat(split.path(row)).st_size for row in range(len(split.images))]
+    sizes = [split.mark(row) for row in range(len(split.images))]
     held = json_text([split.images, sizes, split.captions, split.image_of.tolist()])
     return hashlib.sha256(held.encode()).hexdigest()[:16]
 
@@ -40,7 +40,10 @@ def data_facts(
     **others: Split,  # val and test, by name
 ) -> dict:  # plain JSON values
     "What a run folder remembers of its data."
-    facts = dict(name=train.name, root=str(Path(train.root).resolve()))
+    root = (
+        str(train.given.resolve()) if train.given else str(train.root)
+    )  # nothing finds data in memory again
+    facts = dict(name=train.name, root=root)
     facts |= dict(images=len(train.images), captions=len(train.captions), train=split_fingerprint(train))
     return facts | {name: split_fingerprint(split) for name, split in others.items()}
 
