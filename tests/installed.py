@@ -6,7 +6,8 @@ environment outside the checkout, and trains, indexes and searches there with an
 By default the environment shares the packages of the Python that runs this, so it takes no download and
 less than a minute. `--python PYTHON` (several) makes one with that Python and installs all that the wheel
 asks for; `--cpu` beside it installs what `requirements-cpu.txt` lists instead, with a torch of your own
-(`--torch`). The last line of each is a record: versions, megabytes, seconds.
+(`--torch`). The last line of each is a record: versions, megabytes, and per step
+seconds by the clock and of a processor.
 """
 
 import argparse, json, os, shutil, subprocess, sys, sysconfig, tarfile, tempfile, time
@@ -115,9 +116,10 @@ def used_as_new(python, folder):
     here, cpcl, times = folder / "home", python.parent / "cpcl", {}
 
     def step(name, *command):
-        start = time.perf_counter()
+        start, before = time.perf_counter(), os.times()
         said = run(*command, cwd=here, env=env)
-        times[name] = round(time.perf_counter() - start, 1)
+        used = os.times().children_user - before.children_user
+        times[name] = [round(time.perf_counter() - start, 1), round(used, 1)]
         return said
 
     about = json.loads(step("import", python, "-c", WHERE))

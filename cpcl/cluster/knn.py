@@ -35,7 +35,7 @@ def slow_knn(
 EXTRA = 8  # candidates beyond k: room for those that float32 cannot tell apart
 
 
-def _torch_knn(x, rows, wide):
+def _topk_knn(x, rows, wide):
     "Proposals of torch's top-k on the CPU: (rough similarity, row), best first."
     step, X = max(1, 2**24 // len(x)), torch.from_numpy(x)  # 64 MiB of similarities at a time
     parts = [(X[rows[s : s + step]] @ X.T).topk(wide) for s in range(0, len(rows), step)]
@@ -45,7 +45,7 @@ def _torch_knn(x, rows, wide):
 def _faiss_knn(x, rows, wide):
     "Proposals of faiss's flat index on the CPU, or of torch where there is no faiss."
     if (faiss := load_faiss()) is None:
-        return _torch_knn(x, rows, wide)
+        return _topk_knn(x, rows, wide)
     return faiss.knn(x[rows], x, wide, metric=faiss.METRIC_INNER_PRODUCT)
 
 
