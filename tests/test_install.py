@@ -82,7 +82,7 @@ def test_one_faiss_everywhere(system, machine):
 
 
 def test_the_lean_list():
-    "requirements-cpu.txt is what settings.ini asks for, with faiss-cpu, and the extra `app` without its widget."
+    "requirements-cpu.txt is settings.ini with faiss-cpu, and the extra `app` without its widget."
     lines = (ROOT / "requirements-cpu.txt").read_text().splitlines()
     (faiss,) = {line.partition(";")[0] for line in needs("platform_") if line.startswith("faiss-cpu")}
     app = [line for line in needs("app_") if not line.startswith("ipywidgets")]
