@@ -3,11 +3,11 @@
 `python tests/installed.py` builds the source archive and its wheel, installs the wheel into an
 environment outside the checkout, and trains, indexes and searches there with an empty home.
 
-By default the environment shares the packages of the Python that runs this, so it takes no download and
-less than a minute. `--python PYTHON` (several) makes one with that Python and installs all that the wheel
-asks for; `--cpu` beside it installs what `requirements-cpu.txt` lists instead, with a torch of your own
-(`--torch`). The last line of each is a record: versions, megabytes, and per step
-seconds by the clock and of a processor.
+By default the environment shares the packages of the Python that runs this and takes no download.
+`--python PYTHON` (several) makes one with that Python and installs all that the wheel asks for; `--cpu`
+beside it installs what `requirements-cpu.txt` lists instead, with a torch of your own (`--torch`).
+`--quick` trains `clip`, which compiles nothing. The last line of each is a record: versions, megabytes,
+and per step seconds by the clock and of a processor.
 """
 
 import argparse, json, os, shutil, subprocess, sys, sysconfig, tarfile, tempfile, time
@@ -110,7 +110,7 @@ print(json.dumps(dict(file=cpcl.__file__, packages=names) | versions))
 """
 
 
-def used_as_new(python, folder):
+def used_as_new(python, folder, preset="cpcl"):
     "The first commands of a new user: the sample set is drawn, an epoch trained, an index built and asked."
     env = clean(folder)
     here, cpcl, times = folder / "home", python.parent / "cpcl", {}
@@ -124,8 +124,8 @@ def used_as_new(python, folder):
 
     about = json.loads(step("import", python, "-c", WHERE))
     assert Path(about["file"]).is_relative_to(python.parent.parent), about["file"]
-    assert "{train" in step("help", cpcl, "--help").replace("\n", " ")
-    said = step("train", cpcl, "train", "--epochs", "1", "--out", "run")
+    assert "train" in step("help", cpcl, "--help")
+    said = step("train", cpcl, "train", "--preset", preset, "--epochs", "1", "--out", "run")
     assert (here / "run" / "last.safetensors").is_file(), said
     (images,) = here.glob(".cache/cpcl/sample-*/mini/imgs")
     step("index", cpcl, "index", images / "cam_1", "--run", "run", "--out", "index")
@@ -144,6 +144,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--quick", action="store_true", help="the first of the demo's two trainings, `clip`")
     parser.add_argument("--python", action="append", help="make a complete environment with this Python")
     parser.add_argument("--cpu", action="store_true", help="of requirements-cpu.txt")
     parser.add_argument("--torch", nargs="*", default=(), help="what pip installs before everything else")
@@ -157,7 +158,8 @@ def main():
                 python = complete_environment(place, wheel, given, asked.cpu, asked.torch)
             else:
                 python = sharing_environment(place, wheel)
-            about = used_as_new(python, folder / f"user{i}") | dict(
+            preset = "clip" if asked.quick else "cpcl"
+            about = used_as_new(python, folder / f"user{i}", preset) | dict(
                 wheel_mb=round(wheel.stat().st_size / 1e6, 1)
             )
             if given:
