@@ -11,7 +11,10 @@ RELIABLE := tests/test_kill.py tests/test_processes.py tests/test_bad_input.py t
 ALONE := tests/test_folders.py tests/test_kill.py tests/test_lab.py tests/test_loaders.py tests/test_machine_code.py \
   tests/test_page.py tests/test_privacy.py tests/test_processes.py
 
-.PHONY: install demo test test-all export readme lab docs reliability bench gpu help
+PYTHONS ?= $(shell for v in 3.10 3.11 3.12 3.13; do \
+  python$$v -c 'import sys; print(sys.executable)' 2>/dev/null || ls -d ~/.pyenv/versions/$$v.*/bin/python 2>/dev/null; done)
+
+.PHONY: install demo test test-all pythons export readme lab docs reliability bench gpu help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -45,6 +48,9 @@ test-all: test ## also what is marked slow, the tutorials and the ablation noteb
 	$(BIN)/python -m pytest tests -m slow
 	$(BIN)/nbdev_test --n_workers 2 --flags slow --ignore_fname .never
 	CPCL_FAST=1 $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --stdout nbs/tutorials/five_minutes.ipynb > /dev/null
+
+pythons: install ## the wheel in a complete environment of every Python here (PYTHONS="..."): gigabytes of downloads each
+	CPCL_PYTHONS="$(PYTHONS)" $(BIN)/python -m pytest tests/test_install.py -m slow -k every_python -rA
 
 export: install ## notebooks -> package, notebooks cleaned, README written
 	$(BIN)/nbdev_export

@@ -1,15 +1,43 @@
 "A short `setup.py` over `settings.ini` (nbdev's own template does not run on Python 3.11 and later)."
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf8")
 cfg = parser["DEFAULT"]
+EXTRAS = ("app", "docs", "export", "heic", "hf", "milvus", "peft", "trackio", "wandb")
 minor = int(cfg["min_python"].split(".")[1])
+
+
+def needs(*parts):
+    "Requirements of `settings.ini`, one per line."
+    return [line for part in parts for line in cfg[f"{part}requirements"].splitlines() if line]
+
+
+class WithTinyClip(build_py):
+    "The wheel holds the tiny CLIP, of which `data/tiny-clip` has the only copy in a checkout."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:  # an editable install reads the checkout
+            for source, copy in self.tiny_clip().items():
+                Path(copy).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, copy)
+
+    def tiny_clip(self):
+        "Each file of the tiny CLIP and its place in the package."
+        folder = Path(self.build_lib, "cpcl", "tiny_clip")
+        return {str(p): str(folder / p.name) for p in sorted((here / "data" / "tiny-clip").iterdir())}
+
+    def get_outputs(self, include_bytecode=True):
+        return [*super().get_outputs(include_bytecode), *self.tiny_clip().values()]
+
 
 setup(
     name=cfg["lib_name"],
@@ -26,22 +54,12 @@ setup(
     keywords=cfg["keywords"],
     packages=find_packages(include=["cpcl", "cpcl.*"]),
     package_data={"cpcl.synth": ["styles/*.json"]},
+    cmdclass={"build_py": WithTinyClip},
     python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split() + cfg["platform_requirements"].split(),
+    install_requires=needs("", "platform_"),
     extras_require={
-        e: " ".join(cfg[f"{p}_requirements"] for p in parts).split()
-        for e, parts in {
-            "app": ["app"],
-            "docs": ["docs"],
-            "export": ["export"],
-            "heic": ["heic"],
-            "hf": ["hf"],
-            "milvus": ["milvus"],
-            "peft": ["peft"],
-            "trackio": ["trackio"],
-            "wandb": ["wandb"],
-            "dev": ["dev", "app", "docs", "export", "milvus", "peft"],
-        }.items()
+        **{extra: needs(f"{extra}_") for extra in EXTRAS},
+        "dev": needs("dev_", "app_", "docs_", "export_", "milvus_", "peft_"),
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LINE_EVERY', 'WIDGETS', 'PARTIAL', 'UserError', 'seed_everything', 'keyed_rng', 'unit', 'at_least_float32',
            'check_features', 'check_labels', 'default_device', 'choose_device', 'forked', 'progress', 'Stopwatch',
-           'peak_memory', 'atomic_path', 'remove_partial_files', 'is_checkout', 'repo_root', 'need', 'cores',
-           'load_open_clip']
+           'peak_memory', 'atomic_path', 'remove_partial_files', 'is_checkout', 'repo_root', 'user_cache', 'need',
+           'cores', 'load_open_clip', 'load_faiss']
 
 # %% ../nbs/01_core.ipynb #4313895d
 import contextlib, errno, importlib, os, random, re, shutil, stat, sys, tempfile, time
@@ -282,6 +282,13 @@ def repo_root() -> Path | None:  # the root of the checkout, or None outside one
     root = Path(cpcl.__path__[0]).resolve().parent
     return root if is_checkout(root) else None
 
+
+def user_cache() -> Path | None:  # absolute, or None for a user without a home
+    "The user's folder for what cpcl can make again: `cpcl` in XDG_CACHE_HOME, LOCALAPPDATA or ~/.cache."
+    named = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    home = Path(named or os.path.expanduser("~/.cache"))
+    return home / "cpcl" if home.is_absolute() else None
+
 # %% ../nbs/01_core.ipynb #0042a8ac
 def need(
     package: str,  # name of a module, e.g. "onnxruntime"
@@ -311,3 +318,14 @@ def load_open_clip():  # the module
         finally:
             del sys.modules["transformers"]
     return importlib.import_module("open_clip")
+
+# %% ../nbs/01_core.ipynb #0c1fa155
+def load_faiss():  # the module, or None if it cannot be imported
+    "faiss, imported only when needed, and after torch. In a forked process it uses one thread."
+    try:
+        import faiss
+    except (ImportError, OSError):  # not installed, or without a library that it needs
+        return None
+    if forked():
+        faiss.omp_set_num_threads(1)
+    return faiss

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
+from ._patch import patch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import RepositoryNotFoundError

@@ -820,8 +820,8 @@ BAD = {
         Case("a flag without its value", TRAIN + " --root", ("--root", "Missing value", "cpcl train --help")),
         Case(
             "a word missing",
-            "index {set} --run {run}",
-            ("Missing from cpcl index", "--out", "cpcl index --help"),
+            "search",
+            ("Missing from cpcl search", "folder of the index", "cpcl search --help"),
         ),
         Case("an unknown command", "trian --root {set}", ("trian", "train, eval, settings", "cpcl --help")),
         Case(

@@ -259,7 +259,7 @@ def test_an_unknown_tracker(base, tmp_path):
 def test_a_log_file_has_lines(base, tmp_path, monkeypatch):
     "No carriage return where nobody watches; a line of progress instead, after a while."
     monkeypatch.setattr("cpcl.core.LINE_EVERY", 0)
-    monkeypatch.setattr("cpcl.core._in_notebook", lambda: False)
+    monkeypatch.setattr("cpcl.core.WIDGETS", False)
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     out, err = works("train", "--root", base / "set", "--out", tmp_path / "run", "--epochs", 1, *SMALL)
     assert "\r" not in out + err and any(line.startswith("epoch 1: ") for line in err.splitlines()), err

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from fastcore.basics import patch
+from .._patch import patch
 
 from cpcl.cli.flags import (
     Range,
@@ -63,7 +63,7 @@ class Train:
     The paper's run: cpcl train --data cuhk-pedes --root DIR --model ViT-B-16-quickgelu --pretrained openai"""
 
     data: DataName = "auto"  # which data set is in --root; auto: recognise it
-    root: str = ""  # folder of the data set; empty: the sample set data/mini
+    root: str = ""  # folder of the data set; empty: the sample set
     preset: PresetName = "cpcl"  # the method
     model: str = "tiny"  # tiny, or an open_clip name such as ViT-B-16-quickgelu
     # weights to start from: an open_clip tag such as openai, or a file; empty: those of the tiny CLIP;
@@ -351,7 +351,7 @@ def _score_table(rows):
 class Demo:
     "Train clip and cpcl on the sample set and print the table (minutes, no GPU)."
 
-    out: str = ""  # folder of the runs; empty: runs/demo of the checkout
+    out: str = ""  # folder of the runs; empty: runs/demo
     epochs: Annotated[int, Range(1, zero="the schedule's")] = 0  # passes over the captions; 0: the schedule's
 
     def run(self) -> int:  # exit status

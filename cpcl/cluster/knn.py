@@ -11,9 +11,9 @@ import operator
 import numpy as np
 import torch
 
-from ..core import UserError, at_least_float32, check_features, progress
+from ..core import UserError, at_least_float32, check_features, load_faiss, progress
 from .dots import closest, pair_dots, slack
-from .machine_code import all_cores, forked
+from .machine_code import all_cores
 from .tiles import tiled_knn
 
 # %% ../../nbs/30_cluster/01_knn.ipynb #b1384973
@@ -35,18 +35,17 @@ def slow_knn(
 EXTRA = 8  # candidates beyond k: room for those that float32 cannot tell apart
 
 
-def _faiss():
-    "faiss, imported only when needed, and after torch. In a forked process it may not wait for threads."
-    import faiss
-
-    if forked():
-        faiss.omp_set_num_threads(1)
-    return faiss
+def _topk_knn(x, rows, wide):
+    "Proposals of torch's top-k on the CPU: (rough similarity, row), best first."
+    step, X = max(1, 2**24 // len(x)), torch.from_numpy(x)  # 64 MiB of similarities at a time
+    parts = [(X[rows[s : s + step]] @ X.T).topk(wide) for s in range(0, len(rows), step)]
+    return tuple(torch.cat(part).numpy() for part in zip(*parts))
 
 
 def _faiss_knn(x, rows, wide):
-    "Proposals of faiss's flat index on the CPU: (rough similarity, row), best first."
-    faiss = _faiss()
+    "Proposals of faiss's flat index on the CPU, or of torch where there is no faiss."
+    if (faiss := load_faiss()) is None:
+        return _topk_knn(x, rows, wide)
     return faiss.knn(x[rows], x, wide, metric=faiss.METRIC_INNER_PRODUCT)
 
 
@@ -131,7 +130,7 @@ def _device_knn(X, k):
 # %% ../../nbs/30_cluster/01_knn.ipynb #d1ca4d49
 def _approximate(x, k, sample=1000):
     "Neighbours from an inverted file, and their recall on a sample."
-    faiss = _faiss()
+    faiss = load_faiss()
     cells = max(1, min(int(4 * len(x) ** 0.5), len(x) // 40))
     index = faiss.index_factory(x.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed, index.nprobe = 1, 16
@@ -170,6 +169,8 @@ def knn(
     n, k, notes = len(x), min(k, len(x)), {} if notes is None else notes
     if n == 0:
         return np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
+    if search == "approximate" and load_faiss() is None:
+        search, notes["recall"] = "exact", 1.0
     if search == "approximate":
         near, sim, notes["recall"] = _approximate(x, k)
     else:

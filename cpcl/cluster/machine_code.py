@@ -17,7 +17,7 @@ from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
 import cpcl
-from ..core import UserError, forked
+from ..core import UserError, forked, user_cache
 
 # %% ../../nbs/30_cluster/09_machine_code.ipynb #677d40fe
 def _code_of(code):
@@ -91,11 +91,8 @@ def code_folders() -> list:  # of paths, the best first; nothing is created
     if asked := os.environ.get("NUMBA_CACHE_DIR"):
         return [Path(asked) / f"cpcl-{own}"]
     folders = [package / "__pycache__" / "machine_code"]
-    home = (
-        os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
-    )
-    if os.path.isabs(home):  # not so where there is no home
-        folders.append(Path(home) / "cpcl" / f"machine_code-{own}")
+    if home := user_cache():
+        folders.append(home / f"machine_code-{own}")
     return folders
 
 # %% ../../nbs/30_cluster/09_machine_code.ipynb #babb076e

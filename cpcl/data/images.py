@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from fastcore.basics import patch
+from .._patch import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..core import UserError, progress

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fastcore.basics import patch
+from .._patch import patch
 
 from ..core import UserError
 from .locate import locate_images

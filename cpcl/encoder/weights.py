@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import cpcl
 from ..core import UserError, atomic_path, load_open_clip, repo_root
 from ..data.images import USUAL_FILTER, check_filter
 from .lora import merged_weights
@@ -180,12 +181,12 @@ def fetch(
 
 
 def _tiny_weights():
-    "The tiny CLIP's file in the checkout."
+    "The tiny CLIP's file, in the checkout or in the installed package."
     root = repo_root()
-    path = root and root / "data" / "tiny-clip" / "model.safetensors"
-    if not path or not path.is_file():
-        where = "the tiny CLIP is in data/tiny-clip of a checkout of cpcl, and there is none here"
-        raise UserError(f"{where}: give --pretrained FILE")
+    folder = root / "data" / "tiny-clip" if root else Path(cpcl.__path__[0]) / "tiny_clip"
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"no tiny CLIP in {printable(folder)}: install cpcl again, or give --pretrained FILE")
     return path
 
 # %% ../../nbs/20_encoder/01_weights.ipynb #9da01527

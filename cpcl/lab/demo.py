@@ -9,16 +9,18 @@ __all__ = ['MINI', 'sample_set', 'ranked_picture', 'train_one', 'training_beside
 import contextlib, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pandas as pd
 import torch
 
-from ..core import UserError, cores, repo_root
+import cpcl
+from ..core import UserError, cores, repo_root, user_cache
 from ..data import Split, load_person, load_split, read_image
 from ..encoder import features, load_encoder
 from ..eval.scores import METRICS
 from ..synth.dataset import write_synth
-from ..files import claimed, json_text, read_json, user_path, write_json
+from ..files import claimed, json_text, printable, read_json, user_path, write_json
 from .grid import NO_BARS, ONE_THREAD
 from ..train import load_run, make_config, score_split, train_run
 from ..train.start import is_run, remove_run
@@ -29,16 +31,38 @@ MINI = dict(people=450, seed=20, layout="cuhk-pedes", splits=(300, 50, 100))
 
 
 def sample_set(
-    root=None,  # folder; `data/mini` of the checkout if not given
+    root=None,  # folder; if not given `data/mini` of the checkout, or without one a folder of the cache
 ) -> Path:  # the folder, with the sample set in it
-    "The sample set of drawn pedestrians, written if it is not there. Raises UserError outside a checkout."
-    if root is None and repo_root() is None:
-        raise UserError(
-            "the sample set is in a checkout of cpcl, and there is none here: run `cpcl synth OUT` and give "
-            "--root OUT, with --pretrained FILE for the weights"
-        )
-    root = Path(root) if root else repo_root() / "data" / "mini"
-    return root if (root / "reid_raw.json").is_file() else write_synth(root, **MINI)
+    "The sample set of drawn pedestrians, drawn if it is not there. Raises UserError if it cannot be written."
+    checkout = repo_root()
+    if root is None and checkout is None:
+        return _set_in_cache()
+    root = Path(root) if root else checkout / "data" / "mini"
+    return root if _is_drawn(root) else write_synth(root, **MINI)
+
+
+def _is_drawn(root):
+    "Whether a set is complete: its annotation is written last."
+    return (root / "reid_raw.json").is_file()
+
+
+def _set_in_cache():
+    "The sample set in the user's cache, drawn by one process if it is not there."
+    if (cache := user_cache()) is None:
+        raise UserError("no cache folder for the sample set: set XDG_CACHE_HOME to a folder's full path")
+    root = cache / f"sample-{cpcl.__version__}" / "mini"
+    if _is_drawn(root):
+        return root
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(root.parent / "drawing.lock"):
+            if not _is_drawn(root):
+                print(f"drawing the sample set into {printable(root)}, this once", file=sys.stderr)
+                write_synth(root, **MINI)
+    except OSError as e:
+        why = f"cannot write the sample set in {printable(root.parent)} ({e.strerror})"
+        raise UserError(f"{why}: set XDG_CACHE_HOME to another folder") from None
+    return root
 
 # %% ../../nbs/lab/03_demo.ipynb #12da20a6
 def ranked_picture(
@@ -139,7 +163,7 @@ def _at_once(out, mini, changes, log):
 
 # %% ../../nbs/lab/03_demo.ipynb #f29593de
 def demo(
-    out=None,  # folder of the runs; `runs/demo` of the checkout if not given; an older demo there is replaced
+    out=None,  # folder of the runs, `runs/demo` if not given; an older demo there is replaced
     root=None,  # the sample set
     changes: dict = None,  # settings, as `override` takes them
     log=print,  # receives lines

@@ -11,7 +11,7 @@ import asyncio, re
 from collections import Counter
 from urllib.parse import parse_qs
 
-from fastcore.basics import patch
+from .._patch import patch
 
 from .private import log_line, place
 from .visitors import LONGEST, Attempts, Logins, Names

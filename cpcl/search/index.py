@@ -11,8 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from fastcore.basics import patch, patch_to
-from fastcore.meta import delegates
+from .._patch import delegates, patch, patch_to
 from PIL import Image
 
 from ..core import UserError, choose_device, unit

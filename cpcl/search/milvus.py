@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastcore.basics import patch
+from .._patch import patch
 
 from ..core import UserError, need
 from ..files import mask_secrets, printable

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlencode
 
-from fastcore.basics import patch
+from .._patch import patch
 from PIL import Image
 
 from ..core import UserError

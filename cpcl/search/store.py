@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastcore.basics import patch
+from .._patch import patch
 
-from ..core import UserError, atomic_path, need
+from ..core import UserError, atomic_path, load_faiss, need
 from ..files import digest, printable
 from .manifest import Manifest, StoredFile, publish
-from .vectors import EXACT_ROWS, load_faiss, tune, vector_index
+from .vectors import EXACT_ROWS, read_vectors, search_rows, tune, vector_index, write_vectors
 
 # %% ../../nbs/search/03_store.ipynb #f077c042
 def _need_parquet():
@@ -26,7 +26,7 @@ def _need_parquet():
 
 
 class LocalStore:
-    "Rows and vectors in files of one folder (faiss, Parquet)."
+    "Rows and vectors in files of one folder (faiss's format, Parquet)."
 
     def __init__(
         self,
@@ -79,7 +79,6 @@ def take(
         raise UserError(f"{list(paths)[numbers.index(None)]!r} is not in the index")
     if not numbers:
         return np.zeros((0, self.vectors.d), np.float32)
-    load_faiss()
     return self.vectors.reconstruct_batch(np.array(numbers, np.int64))
 
 # %% ../../nbs/search/03_store.ipynb #e25c431b
@@ -116,7 +115,8 @@ def finish(
     ask,  # () -> float32 `[Q, D]`, a sample of queries for the recall; called only beyond `exact_rows`
 ) -> bool:  # whether anything changed
     "Hold exactly these rows, each with its vector."
-    kind, before = "Flat" if len(rows) <= self.exact_rows else "PQ", self.rows
+    flat, before = len(rows) <= self.exact_rows or load_faiss() is None, self.rows
+    kind = "Flat" if flat else "PQ"
     same_paths = before.path.tolist() == rows.path.tolist()
     if same_paths and kind == self.kind and not self._added:
         self.rows, self._codes = rows.reset_index(drop=True), {}
@@ -159,19 +159,13 @@ def nearest(
     k: int,  # rows per query, 1 or more
     where: dict,  # column -> texts, one of which a row must have; may be empty
 ) -> list:  # a DataFrame per query: path, columns, score; best first
-    "The nearest rows per query among those that the filters let through (faiss)."
-    faiss = load_faiss()
+    "The nearest rows per query among those that the filters let through."
     keep = self._passing(where) if where else None
     left = len(self) if keep is None else int(keep.sum())
     shown = self.rows[[c for c in self.rows if c not in ("size", "mtime_ns")]]
     if not left:
         return [shown.iloc[:0].assign(score=[])] * len(q)
-    index, how = self.vectors, {}
-    if keep is not None:
-        index = faiss.downcast_index(index.refine_index) if self.kind == "PQ" else index
-        bits = np.packbits(keep, bitorder="little")
-        how = {"params": faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))}
-    scores, found = index.search(np.ascontiguousarray(q, np.float32), min(k, left), **how)
+    scores, found = search_rows(self.vectors, q, min(k, left), keep)
     return [shown.iloc[r[r >= 0]].assign(score=s[r >= 0].astype(float)) for s, r in zip(scores, found)]
 
 # %% ../../nbs/search/03_store.ipynb #e6fbb493
@@ -193,9 +187,8 @@ def write(
     manifest: Manifest,  # what the index says about itself; names and checksums of the files are added
 ) -> Manifest:  # as written
     "Write vectors and rows, then the manifest, and remove the files of the index before the last one."
-    faiss = load_faiss()
     folder = Path(folder)
-    vectors = _put(folder, "vectors", ".faiss", lambda p: faiss.write_index(self.vectors, str(p)))
+    vectors = _put(folder, "vectors", ".faiss", lambda p: write_vectors(self.vectors, p))
     rows = _put(folder, "rows", ".parquet", lambda p: self.rows.to_parquet(p, index=False))
     return publish(folder, replace(manifest, files={"vectors": vectors, "rows": rows}))
 
@@ -220,9 +213,7 @@ def _read_files(folder, manifest):
     "Rows and vectors. Raises whatever pyarrow and faiss raise, or ValueError."
     from pyarrow.parquet import read_metadata, read_table
 
-    faiss = load_faiss()
-    how = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
-    vectors = faiss.read_index(str(folder / manifest.files["vectors"].file), how)
+    vectors = read_vectors(folder / manifest.files["vectors"].file)
     file = folder / manifest.files["rows"].file
     n = read_metadata(file).num_rows
     if n != vectors.ntotal or vectors.d != manifest.width:
@@ -239,7 +230,7 @@ def read_store(
     folder,  # of the index
     manifest: Manifest,  # of that index
 ) -> LocalStore:
-    "The rows and vectors that a manifest names. Raises UserError if a file is missing or damaged."
+    "The rows and vectors of a manifest. Raises UserError if a file is missing, is damaged or needs faiss."
     folder, again = Path(folder), "build the index again"
     _need_parquet()
     for stored in manifest.files.values():
@@ -252,6 +243,8 @@ def read_store(
             raise UserError(f"{path} is missing or damaged: {again}")
     try:
         rows, vectors = _read_files(folder, manifest)
+    except UserError:
+        raise
     except Exception as e:
         why = printable(str(e).split("\n")[0] or type(e).__name__)[:200]
         raise UserError(f"the files of the index {folder} are damaged ({why}): {again}") from None

@@ -8,7 +8,7 @@ __all__ = ['Finder']
 # %% ../../nbs/search/06_widget.ipynb #ddd1e3ac
 import html, io, warnings
 
-from fastcore.basics import patch
+from .._patch import patch
 
 from ..core import UserError, need
 from .gallery import read_found

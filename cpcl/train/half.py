@@ -9,7 +9,7 @@ __all__ = ['LEAST_SCALE', 'half_type', 'Scaler']
 import math
 
 import torch
-from fastcore.basics import patch
+from .._patch import patch
 
 from ..core import UserError
 from ..files import expect
