@@ -37,7 +37,8 @@ setup(
             "heic": ["heic"],
             "milvus": ["milvus"],
             "peft": ["peft"],
-            "dev": ["dev", "app", "docs", "export", "milvus", "peft"],
+            "serve": ["serve"],
+            "dev": ["dev", "app", "docs", "export", "milvus", "peft", "serve"],
         }.items()
     },
     entry_points={

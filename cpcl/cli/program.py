@@ -21,7 +21,7 @@ from cpcl.cli.errors import (
     stoppable,
 )
 from .files import Convert, Doctor, Export, Pretrain, Synth
-from .searching import App, Index, Search
+from .searching import App, Index, Search, Serve
 from .training import Ablate, Demo, Eval, Train
 
 # %% ../../nbs/cli/04_program.ipynb #813cedb9
@@ -37,6 +37,7 @@ COMMANDS = {
     "index": Index,
     "search": Search,
     "app": App,
+    "serve": Serve,
     "export": Export,
 }
 
