@@ -142,6 +142,8 @@ class App:
     encoder: Annotated[str, tyro.conf.arg(name="run")] = ""  # where the run is now, if it was moved
     folder: str = ""  # where the images are now, if they were moved
     device: str = ""  # that encodes: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
+    beside: str = ""  # folder of another index of the same crops, whose lists are shown beside
+    beside_run: str = ""  # where the run of that index is now, if it was moved
 
     def run(self) -> int:  # exit status
         "Serve until Ctrl-C."
@@ -149,5 +151,8 @@ class App:
         from cpcl.search import Index, serve
 
         index = Index.open(self.index, self.encoder or None, self.folder or None, self.device)
-        serve(index, self.host, self.port)
+        beside = None
+        if self.beside:
+            beside = Index.open(self.beside, self.beside_run or None, self.folder or None, self.device)
+        serve(index, self.host, self.port, beside=beside)
         return 0
