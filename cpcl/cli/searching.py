@@ -110,7 +110,7 @@ class Search:
     json: bool = False  # print a JSON list of objects with rank, score, path and columns
     # file of queries: one a line, or .csv, .jsonl with a column `query`, perhaps `id`; -: standard input
     queries: str = ""
-    out: str = ""  # file for the hits, .csv or .jsonl, written at the end; empty: the terminal
+    out: str = ""  # file for the hits, .csv, .jsonl or .html, written at the end; empty: the terminal
 
     def run(self) -> int:  # exit status
         "Print the list."
@@ -172,6 +172,8 @@ class App:
     encoder: Annotated[str, tyro.conf.arg(name="run")] = ""  # where the run is now, if it was moved
     folder: str = ""  # where the images are now, if they were moved
     device: str = ""  # that encodes: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
+    beside: str = ""  # folder of another index of the same crops, whose lists are shown beside
+    beside_run: str = ""  # where the run of that index is now, if it was moved
 
     def run(self) -> int:  # exit status
         "Serve until Ctrl-C."
@@ -179,7 +181,10 @@ class App:
         from cpcl.search import Index, serve
 
         index = Index.open(self.index, self.encoder or None, self.folder or None, self.device)
-        serve(index, self.host, self.port)
+        beside = None
+        if self.beside:
+            beside = Index.open(self.beside, self.beside_run or None, self.folder or None, self.device)
+        serve(index, self.host, self.port, beside=beside)
         return 0
 
 # %% ../../nbs/cli/03_searching.ipynb #c5277fc4

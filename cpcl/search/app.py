@@ -227,13 +227,14 @@ def _address(host, port):
     return f"http://{f'[{name}]' if ':' in name else name}:{port}/"
 
 
-def _start(index, host, port, password):
+def _start(index, host, port, password, beside):
     "A page that answers."
     listed = os.environ.get("CPCL_HOSTS", "")
     password = _password(names_of(host, port, listed), host, password)
-    blocks = build_page(index)
+    blocks = build_page(index, beside)
     try:
-        index.encoder  # weights are checked before anybody asks
+        for each in (index,) if beside is None else (index, beside):
+            each.encoder  # weights are checked before anybody asks
         sock = _listen(host, port)
         names = names_of(host, sock.getsockname()[1], listed)
         served = Served(blocks, sock, names, password, _address(host, names.port))
@@ -253,12 +254,14 @@ def serve(
     port: int = 7860,  # 0: a free one
     password: str = "",  # of the user `cpcl`; from CPCL_PASSWORD, or the terminal if it is needed
     block: bool = True,  # wait until stopped
+    beside=None,  # another `Index` of the same crops, whose lists are shown beside
 ) -> "Served":  # its `address`; `close` it
     """Start the page. Whatever ends it, its private folder is removed.
 
-    Raises UserError if others could reach it without a password, or the address is taken (Gradio)."""
+    Raises UserError if others could reach it without a password, the address is taken, or the two indexes
+    have no image in common (Gradio)."""
     with _ended_by_signals() if block else contextlib.nullcontext():
-        served = _start(index, host, port, password)
+        served = _start(index, host, port, password, beside)
         if block:
             with served:
                 print(f"the page is at {served.address} (Ctrl-C stops it)", flush=True)

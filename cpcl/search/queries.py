@@ -10,9 +10,12 @@ import contextlib, csv, itertools, sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
+
 from ..core import UserError, atomic_path, progress
 from ..data.parse import DELIMITERS
 from ..files import expect, json_text, parse_json, printable, user_path
+from .hits import DOCUMENT, END, _section, hits_csv
 from .index import UNSEEN
 from .live import TOGETHER, Ask, answer
 
@@ -135,24 +138,45 @@ def read_queries(
         raise UserError(f"{file} holds no query: give a sentence a line, or a table with a column query")
 
 # %% ../../nbs/search/18_queries.ipynb #2a9f3d94
-def _csv_rows(found, columns, file):
+def _table(query, hits, columns):
+    "The hits of a query as a table."
+    rows = [
+        dict(query_id=query.id, query=query.text)
+        | {n: hit[n] for n in ("rank", "score", "path")}
+        | hit["columns"]
+        for hit in hits
+    ]
+    return pd.DataFrame(rows, columns=["query_id", "query", "rank", "score", "path", *columns])
+
+
+def _csv_rows(found, columns, file, folder):
     "Write hits as a table."
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow(["query_id", "query", "rank", "score", "path", *columns])
+    header = True
     for query, (hits, _) in found:
-        for hit in hits:
-            held = (hit["columns"][c] for c in columns)
-            table.writerow([query.id, query.text, hit["rank"], hit["score"], hit["path"], *held])
+        file.write(hits_csv(_table(query, hits, columns), header))
+        header = False
 
 
-def _json_lines(found, columns, file):
+def _pages(found, columns, file, folder):
+    "Write hits with their pictures. Returns why some are missing, empty if none is."
+    lost = ""
+    file.write(DOCUMENT)
+    for query, (hits, _) in found:
+        section, note = _section(query.text, _table(query, hits, columns).drop(columns="query_id"), folder)
+        file.write(section if hits else section + "<p>Nothing is found.</p>\n")
+        lost = lost or note
+    file.write(END)
+    return lost
+
+
+def _json_lines(found, columns, file, folder):
     "Write an object per query."
     for query, (hits, notes) in found:
         value = dict(query_id=query.id, query=query.text, hits=hits, notes=notes)
         file.write(json_text(value, ensure_ascii=False) + "\n")
 
 
-WRITERS = {".csv": _csv_rows, ".jsonl": _json_lines}
+WRITERS = {".csv": _csv_rows, ".jsonl": _json_lines, ".html": _pages}
 
 
 def check_out(
@@ -162,7 +186,7 @@ def check_out(
     "Check the name of a file of hits. Raises UserError if it is of no known kind, a folder, or also read."
     file = user_path(out)
     if file.suffix.lower() not in WRITERS:
-        raise UserError(f"--out must end in {' or '.join(WRITERS)}, got {printable(out)}")
+        raise UserError(f"--out must end in {', '.join(WRITERS)}, got {printable(out)}")
     if file.is_dir():
         raise UserError(f"--out {printable(out)} is a folder: name a file in it")
     if source not in ("", "-") and file.resolve() == user_path(source).resolve():
@@ -187,19 +211,19 @@ def _found(index, queries, file, how, notes):
 def search_all(
     index,  # an `Index`
     queries,  # of `Query`
-    out: str = "",  # a file that ends in .csv or .jsonl; empty: the standard output
+    out: str = "",  # a file that ends in .csv, .jsonl or .html; empty: the standard output
     as_json: bool = False,  # JSON lines for the standard output
     file: str = "",  # where the queries come from, for messages
     **how,  # of `Ask`: k, where, without, image
 ) -> list:  # notes: what was not read as it is written
     "Write the hits of many queries. Raises UserError if one makes no sense: then no file is written."
-    notes, columns = {}, index.columns
+    notes, columns, folder = {}, index.columns, index.manifest.folder
     found = _found(index, queries, file, how, notes)
     found = itertools.chain(list(itertools.islice(found, 1)), found)  # nothing is written for none
     if not out:
-        (_json_lines if as_json else _csv_rows)(found, columns, sys.stdout)
+        (_json_lines if as_json else _csv_rows)(found, columns, sys.stdout, folder)
         return list(notes)
     check_out(out)
     with atomic_path(user_path(out)) as part, open(part, "w", encoding="utf8", newline="") as target:
-        WRITERS[part.suffix.lower()](found, columns, target)
-    return list(notes)
+        lost = WRITERS[part.suffix.lower()](found, columns, target, folder)
+    return [*notes, *([lost] if lost else [])]
