@@ -91,6 +91,30 @@ def _plain(table):
     texts = {c: table[c].map(printable) for c in table if c not in ("rank", "score")}
     return table.assign(**texts).rename(columns=printable).to_string(index=False)
 
+# %% ../../nbs/cli/03_searching.ipynb #07bc9d4d
+def _check_files(asked):
+    "Raises UserError if the files of a `Search` cannot be those of queries and hits."
+    from cpcl.core import UserError
+    from cpcl.search.queries import check_out
+
+    if asked.queries and asked.query:
+        raise UserError("give a query or --queries, not both")
+    if asked.out:
+        check_out(asked.out, asked.queries)
+
+
+def _many(asked, index, filters):
+    "Find and write the hits of all queries of a `Search`. Returns the exit status."
+    from cpcl.data import read_image
+    from cpcl.search.queries import Query, read_queries, search_all
+
+    queries = read_queries(asked.queries) if asked.queries else [Query("1", asked.query, 1)]
+    known = not asked.image or index.store.has(asked.image)
+    how = dict(k=asked.k, where=filters, without=(asked.without,) if asked.without else ())
+    how["image"] = (asked.image or None) if known else read_image(asked.image)
+    _note(*search_all(index, queries, asked.out, asked.json, asked.queries, **how))
+    return 0
+
 # %% ../../nbs/cli/03_searching.ipynb #2b2d7435
 @dataclass
 class Search:
@@ -119,11 +143,11 @@ class Search:
         from cpcl.search import Index
         from cpcl.search.gallery import moved_note
 
-        self._check_files()
+        _check_files(self)
         index = Index.open(self.index, self.encoder or None, self.folder or None, self.device)
         filters = _filters(flat(self.where), lambda c, text: c in index.columns and index.has_value(c, text))
         if self.queries or self.out:
-            return self._many(index, filters)
+            return _many(self, index, filters)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the notes say more
             found = index.search(
@@ -135,28 +159,6 @@ class Search:
             print(json_text(found.to_dict("records")))
         else:
             print(_plain(found) if len(found) else "nothing found")
-        return 0
-
-    def _check_files(self):
-        "Raises UserError if the files cannot be those of queries and hits."
-        from cpcl.core import UserError
-        from cpcl.search.queries import check_out
-
-        if self.queries and self.query:
-            raise UserError("give a query or --queries, not both")
-        if self.out:
-            check_out(self.out, self.queries)
-
-    def _many(self, index, filters):
-        "Find the hits of a file of queries."
-        from cpcl.data import read_image
-        from cpcl.search.queries import Query, read_queries, search_all
-
-        queries = read_queries(self.queries) if self.queries else [Query("1", self.query, 1)]
-        known = not self.image or index.store.has(self.image)
-        how = dict(k=self.k, where=filters, without=(self.without,) if self.without else ())
-        how["image"] = (self.image or None) if known else read_image(self.image)
-        _note(*search_all(index, queries, self.out, self.json, self.queries, **how))
         return 0
 
 # %% ../../nbs/cli/03_searching.ipynb #4a3c778a
@@ -190,7 +192,7 @@ class App:
 # %% ../../nbs/cli/03_searching.ipynb #c5277fc4
 @dataclass
 class Serve:
-    """Answer searches over HTTP: /search, /similar, /health; /docs describes them.
+    """Answer searches over HTTP: /search, /similar, /health. /docs describes them.
 
     It answers on this machine only, unless --host names another address, and then to those with the token."""
 
@@ -209,7 +211,7 @@ class Serve:
     device: str = ""  # that encodes: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
 
     def run(self) -> int:  # exit status
-        "Answer until stopped; what was asked is finished first."
+        "Answer until stopped, after which what was asked is finished."
         check_ranges(self)
         from cpcl.search.serving import serve_rest
 

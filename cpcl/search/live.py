@@ -186,6 +186,15 @@ class Busy(Exception):
     "More is waiting than may wait."
 
 
+def _state(folder):
+    "What tells one manifest from the next, None if there is none."
+    try:
+        seen = os.stat(folder / "manifest.json")
+    except OSError:
+        return None
+    return seen.st_mtime_ns, seen.st_size, seen.st_ino
+
+# %% ../../nbs/search/15_live.ipynb #e07f5473
 class Live:
     "An index in a thread of its own, answering what waits together. `close` it."
 
@@ -212,15 +221,6 @@ class Live:
 
     def __exit__(self, *exception):
         self.close()
-
-
-def _state(folder):
-    "What tells one manifest from the next, None if there is none."
-    try:
-        seen = os.stat(folder / "manifest.json")
-    except OSError:
-        return None
-    return seen.st_mtime_ns, seen.st_size, seen.st_ino
 
 
 @patch
@@ -269,7 +269,7 @@ def _answered(self: Live, asks):
 # %% ../../nbs/search/15_live.ipynb #e449df09
 @patch
 def _take(self: Live):
-    "The questions that are answered next, with their futures; none at the end."
+    "The questions that are answered next, with their futures, none at the end."
     with self._turn:
         self._turn.wait_for(lambda: self._queue or self._stop.is_set())
         taken, n = [], 0
@@ -297,7 +297,7 @@ def _work(self: Live):
                 if not future.done():
                     future.set_exception(e)
 
-
+# %% ../../nbs/search/15_live.ipynb #a6a5e0f4
 @patch
 def ask(
     self: Live,

@@ -80,7 +80,7 @@ def _from_json(lines, file):
 
 
 def _from_lines(lines, file):
-    "A query a line; lines of blanks are none."
+    "A query a line. Blank lines are none."
     for line, text in enumerate(lines, 1):
         if text.strip():
             yield Query(str(line), text.strip(), line)

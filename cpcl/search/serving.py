@@ -17,7 +17,8 @@ from .app import _address, _ended_by_signals, _listen, _Server
 from .gate import Refused, _Exchange, _headers
 from .live import Live
 from .private import log_line, place
-from .rest import Line, Service, make_app
+from .bodies import Line
+from .rest import Service, make_app
 from .visitors import Names, from_elsewhere, names_of, plain_address, sender
 
 # %% ../../nbs/search/17_serving.ipynb #05f356a7
