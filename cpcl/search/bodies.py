@@ -132,7 +132,7 @@ def invalid(
     where = [str(p) for p in e["loc"] if p not in ("body", "query", *_KINDS) and "[" not in str(p)]
     at = ".".join(where) if e["type"] != "json_invalid" else "JSON"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return printable(f"{at or 'the body'}: {e['msg']}{more}")[:300]
+    return printable(f"{at or 'the body (JSON, content-type application/json)'}: {e['msg']}{more}")[:300]
 
 # %% ../../nbs/search/16_bodies.ipynb #137a090e
 def read_uploads(
