@@ -38,6 +38,8 @@ setup(
             "milvus": ["milvus"],
             "peft": ["peft"],
             "serve": ["serve"],
+            "trackio": ["trackio"],
+            "wandb": ["wandb"],
             "dev": ["dev", "app", "docs", "export", "milvus", "peft", "serve"],
         }.items()
     },

@@ -10,7 +10,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from cpcl.cli.training import result_table
+from cpcl.train.environment import _earlier
+from cpcl.train.settings import read_settings, settings_text
 from cpcl.train.start import trained_on
+from cpcl.train.trackers import tracker_options
 from cpcl.core import UserError
 from cpcl.data.doctor import doctor
 from cpcl.data.parse import ANNOTATIONS
@@ -245,7 +248,7 @@ def resume(base):
     "What a run looks at before it goes on."
     cfg = make_config("clip", encoder=EncoderConfig("tiny", "", 16, 16))
     check_run(base / "run", cfg, dict(name="own", images=2, captions=3, train="0" * 16), resume=True)
-    loop._earlier(base / "run" / "environment.json")
+    _earlier(base / "run" / "environment.json")
     encoder, cpu = Encoder("tiny", (16, 16)), torch.device("cpu")
     loop._restore(cfg, encoder, None, base / "run", True, cpu, lambda line: None)
 
@@ -323,6 +326,18 @@ FILES = {  # what it is -> (file, bytes like those of a valid one, what reads it
         "run/environment.json",
         lambda base: json_files(valid_json(base, "run/environment.json")),
         resume,
+    ),
+    "a file of settings": (
+        "run/config.yaml",
+        lambda base: (
+            st.binary(max_size=40) | damaged(settings_text(make_config(), dict(name="own")).encode())
+        ),
+        lambda base: read_settings(base / "run", dict(data=str, root=str)),
+    ),
+    "a run's trackers.json": (
+        "run/trackers.json",
+        lambda base: json_files(dict(wandb=dict(id="0a1b", project="cpcl"))),
+        lambda base: tracker_options(base / "run", "wandb"),
     ),
     "a run's history.jsonl": (
         "run/history.jsonl",

@@ -29,9 +29,9 @@ from cpcl.train.config import (
     config_dict,
     config_from,
     loss_settings,
-    rate_at,
 )
 from cpcl.train.epoch import build_optimizer
+from cpcl.train.schedule import rate_at
 from cpcl.files import read_json, write_json
 
 SETS = {"cuhk-pedes": (34054, 68126), "icfg-pedes": (34674, 34674), "rstpreid": (18505, 37010)}
@@ -60,6 +60,7 @@ EXPECTED = {
     "optim.compile": False,
     "optim.freeze": "",
     "optim.lora": 0,
+    "optim.extended": "",
     "augment.flip": 0.5,
     "augment.pad": 10,
     "augment.erase": 0.5,

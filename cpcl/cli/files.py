@@ -134,6 +134,8 @@ class Export:
     encoder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(name="run")]  # run folder
     out: str  # folder to write
     which: Literal["last", "best"] = "last"  # the weights of which epoch
+    # licence of the weights, as the hub names it, e.g. cc-by-nc-4.0 or mit; data and first weights limit it
+    license: str = ""
     onnx: bool = False  # also write image.onnx and text.onnx, compared with torch
     # of torch in that comparison: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
     device: str = ""
@@ -147,10 +149,14 @@ class Export:
         device = choose_device(self.device)
         model = CPCL.from_run(self.encoder, self.which)
         with claimed(self.out, "export", is_model, [self.encoder]) as out:
-            model.save_pretrained(out)
+            model.save_pretrained(out, license=self.license)
             if self.onnx:
                 differences = export_onnx(model, out, device=device)
                 print(", ".join(f"{name}.onnx within {d:.0e} of torch" for name, d in differences.items()))
         name = printable(out)
+        if not model.trained.license:
+            print(
+                "note: the card names no licence, give --license before others get the model", file=sys.stderr
+            )
         print(f'wrote {name}\nnext: CPCL.from_pretrained("{name}"), or .push_to_hub("you/name")')
         return 0

@@ -27,7 +27,8 @@ from ..eval.scores import score_queries
 from ..losses import itc
 from ..synth.dataset import SynthWorld
 from ..train.checkpoint import fill_state, newest_state, save_state, state_before
-from ..train.config import OptimConfig, learning_rate
+from ..train.config import OptimConfig
+from ..train.schedule import learning_rate
 from ..train.environment import environment
 from ..train.epoch import build_optimizer, set_learning_rate
 

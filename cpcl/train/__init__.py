@@ -10,4 +10,5 @@ __getattr__, __dir__, __all__ = front_door(
     runs="RunResult score_run score_split train_run",
     checkpoint="load_run read_config read_history",
     hooks="load_function",
+    settings="list_settings read_settings",
 )

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'COUNTS', 'SMALL_SET', 'SMALL_COUNTS', 'SMALL', 'LEAST', 'SCHEDULES', 'PER_IMAGE', 'COUNT_NAMES',
-           'OptimConfig', 'learning_rate', 'rate_at', 'MemoryConfig', 'TrainConfig', 'loss_settings', 'override',
+           'OptimConfig', 'MemoryConfig', 'TrainConfig', 'loss_settings', 'setting_names', 'did_you_mean', 'override',
            'cluster_counts', 'data_settings', 'make_config', 'config_dict', 'config_from']
 
 # %% ../../nbs/80_train/00_config.ipynb #5e30b8eb
-import dataclasses, math, types, typing
+import dataclasses, difflib, math, types, typing
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,6 +16,7 @@ from ..core import UserError
 from ..encoder.towers import EncoderConfig
 from ..hcm import HCMConfig
 from .labels import LabelConfig
+from .schedule import check_extended, planned_epochs
 from ..data.augment import AugmentConfig
 
 # %% ../../nbs/80_train/00_config.ipynb #95690ba7
@@ -43,6 +44,7 @@ class OptimConfig:
     compile: bool = False  # the towers of a step as compiled programs; needs a C++ compiler
     freeze: str = ""  # towers that are not trained, or their first blocks: "image", "text:6", "image:6,text"
     lora: int = 0  # rank of adapters that are trained instead of the weights, 8 or 16; 0: none
+    extended: str = ""  # how epochs were added to a run, "HOW@DONE/EPOCHS" as --extend writes it
 
     def __post_init__(self):
         for name in ("lr", "epochs", "batch_size", "bias_lr", "adam_eps", "clip_norm"):
@@ -65,29 +67,7 @@ class OptimConfig:
             raise UserError(f"optim.per must be step or epoch, got {self.per!r}")
         if self.precision not in ("auto", "fp32", "bf16", "fp16", "fp64"):
             raise UserError(f"optim.precision must be auto, fp32, bf16, fp16 or fp64, got {self.precision!r}")
-
-# %% ../../nbs/80_train/00_config.ipynb #4853c184
-def learning_rate(
-    step: int,  # 0-based optimiser step
-    total: int,  # steps of the whole run
-    warm: int,  # steps of the warm-up
-) -> float:  # factor of the peak, in 0..1
-    "Linear warm-up from a tenth, then a cosine to zero, step by step (IRRA)."
-    if step < warm:
-        return 0.1 + 0.9 * step / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-
-def rate_at(
-    optim: OptimConfig,  # schedule and budget
-    epoch: int,  # 0-based
-    step: int,  # 0-based, of this epoch
-    steps: int,  # of an epoch
-) -> float:  # factor of the peak, in 0..1
-    "The factor of the learning rate at a step, which changes there or only with the epoch."
-    if optim.per == "epoch":
-        return learning_rate(epoch, optim.epochs, round(optim.warmup))
-    return learning_rate(epoch * steps + step, optim.epochs * steps, round(optim.warmup * steps))
+        check_extended(self.extended, self.epochs)
 
 # %% ../../nbs/80_train/00_config.ipynb #9c90cebe
 @dataclass(frozen=True)
@@ -125,8 +105,8 @@ def loss_settings(
     cfg: TrainConfig,  # the run
     epoch: int,  # 0-based
 ) -> HCMConfig:  # the settings of this epoch's loss
-    "The settings of the loss in an epoch: CHM starts after `chm_after` of the epochs (ICPG)."
-    return cfg.hcm if epoch >= cfg.chm_after * cfg.optim.epochs else replace(cfg.hcm, chm=0.0)
+    "The settings of the loss in an epoch: CHM starts after `chm_after` of the planned epochs (ICPG)."
+    return cfg.hcm if epoch >= cfg.chm_after * planned_epochs(cfg.optim) else replace(cfg.hcm, chm=0.0)
 
 # %% ../../nbs/80_train/00_config.ipynb #9f454ad7
 PRESETS = {
@@ -203,28 +183,62 @@ def _plain(value, kind, name):
         raise UserError(f"{name} must be {expected}, got {value!r}")
     return cast
 
+# %% ../../nbs/80_train/00_config.ipynb #5a329c80
+def setting_names(
+    kind: type = TrainConfig,  # a (nested) dataclass
+    inside: str = "",  # put before every name
+) -> list:  # dotted names
+    "The names of all settings, in order."
+    found = []
+    for name, hint in typing.get_type_hints(kind).items():
+        group = dataclasses.is_dataclass(hint)
+        found += setting_names(hint, f"{inside}{name}.") if group else [inside + name]
+    return found
+
+
+def did_you_mean(
+    name: str,  # what was given
+    known: list,  # names there are
+) -> str:  # e.g. ", did you mean hcm.tau_p?"; empty if nothing is similar
+    "The names that are most like another one, for a message (difflib)."
+    ends = {k: k.rpartition(".")[2] for k in known}
+    last = name.rpartition(".")[2]
+    near = difflib.get_close_matches(last, list(dict.fromkeys(ends.values())), 1, 0.6)
+    found = [k for k in known if ends[k] == last] or difflib.get_close_matches(name, known, 1, 0.75)
+    found = found or [k for k in known if ends[k] in near]
+    return f", did you mean {' or '.join(found[:3])}?" if found else ""
+
 # %% ../../nbs/80_train/00_config.ipynb #e65e409c
 def override(
     cfg,  # a (nested) frozen dataclass
     changes: dict,  # dotted field name -> value, as text or already of its type
     inside: str = "",  # the group that `cfg` is, with its dot; for messages
 ):  # a new configuration
-    "Change fields by dotted name. Raises UserError for an unknown name or a bad value."
+    "Change fields by dotted name, all at once. Raises UserError for an unknown name or a bad value."
+    hints, values, groups = typing.get_type_hints(type(cfg)), {}, {}
     for name, value in changes.items():
         head, _, rest = name.partition(".")
-        hints = typing.get_type_hints(type(cfg))
         if head not in hints:
-            raise UserError(f"no setting {head!r} here, there are: {', '.join(hints)}")
+            raise UserError(_no_setting(name, cfg, inside))
         if rest and not dataclasses.is_dataclass(hints[head]):
-            raise UserError(f"{head} is a setting, not a group: there is no {name}")
+            raise UserError(f"{inside}{head} is a setting, not a group: there is no {inside}{name}")
         if rest:
-            value = override(getattr(cfg, head), {rest: value}, f"{inside}{head}.")
+            groups.setdefault(head, {})[rest] = value
         elif dataclasses.is_dataclass(hints[head]):
-            raise UserError(f"{head} is a group of settings: give {head}.NAME=VALUE")
+            raise UserError(f"{inside}{head} is a group of settings: give {inside}{head}.NAME=VALUE")
         else:
-            value = _cast(value, hints[head], inside + name)
-        cfg = replace(cfg, **{head: value})
-    return cfg
+            values[head] = _cast(value, hints[head], inside + name)
+    for head, inner in groups.items():
+        values[head] = override(getattr(cfg, head), inner, f"{inside}{head}.")
+    return replace(cfg, **values)
+
+
+def _no_setting(name, cfg, inside):
+    "The message for a name that does not exist."
+    who = f"{inside[:-1]} has" if inside else "there is"
+    similar = did_you_mean(inside + name, setting_names(type(cfg), inside))
+    there = f"{'There' if similar else ', there'} are: {', '.join(typing.get_type_hints(type(cfg)))}"
+    return f"{who} no setting {name!r}{similar}{' ' if similar else ''}{there}"
 
 # %% ../../nbs/80_train/00_config.ipynb #f50c4220
 COUNTS = (30, 6, 4)  # k1, k2, min_samples as published, for captions and for image-caption rows
@@ -305,12 +319,7 @@ def make_config(
         by_data["labels.image.k1"] = "auto"
     given = {"encoder.resize": encoder.resize} if encoder.resize else {}
     layers = SCHEDULES[schedule] | given | by_data | PRESETS[preset] | (changes or {})
-    return override(TrainConfig(preset=preset, encoder=encoder, seed=seed), _together(layers))
-
-
-def _together(changes):
-    "Changes in an order in which every step is valid: a shorter warm-up before fewer epochs."
-    return dict(sorted(changes.items(), key=lambda kv: kv[0] != "optim.warmup"))
+    return override(TrainConfig(preset=preset, encoder=encoder, seed=seed), layers)
 
 # %% ../../nbs/80_train/00_config.ipynb #384e98c8
 def config_dict(

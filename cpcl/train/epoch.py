@@ -16,7 +16,8 @@ from ..core import UserError, progress
 from ..hcm import Batch, Loss, Prototypes, hcm_loss
 from ..pmm import PrototypeMemory
 from .chunks import InChunks
-from .config import MemoryConfig, OptimConfig, TrainConfig, loss_settings, rate_at
+from .config import MemoryConfig, OptimConfig, TrainConfig, loss_settings
+from .schedule import rate_at
 from .half import Scaler
 from .history import StepMeans
 from .labels import Features, Labels

@@ -35,13 +35,15 @@ class EpochRow:
     val: dict = field(default_factory=dict)  # val_R1, val_mAP; empty without a validation split
     seconds: dict = field(default_factory=dict)  # by stage: features, labels, steps, val
     best_epoch: int | None = None  # the best epoch so far, by val_mAP; the last one without validation
+    extended: str = ""  # the extension of the run that this epoch belongs to, e.g. "stretch@60/60"
 
     def as_dict(self) -> dict:
         "The row as a flat line of `history.jsonl`."
         labels = asdict(self.labels) if self.labels else {}
         steps = self.steps.terms | {name: getattr(self.steps, name) for name in ("lr", "gradient", "skipped")}
         row = {"epoch": self.epoch} | labels | self.quality | steps | self.val | {"seconds": self.seconds}
-        return row if self.best_epoch is None else row | {"best_epoch": self.best_epoch}
+        row |= {} if self.best_epoch is None else {"best_epoch": self.best_epoch}
+        return row | ({"extended": self.extended} if self.extended else {})
 
     @classmethod
     def from_dict(
@@ -51,6 +53,7 @@ class EpochRow:
         "A row from its line. What is not known by name is a term of the loss."
         rest = dict(row)
         epoch, seconds, best = rest.pop("epoch"), rest.pop("seconds", {}), rest.pop("best_epoch", None)
+        extended = rest.pop("extended", "")
         names = [f.name for f in fields(LabelReport)]
         known = {name: rest.pop(name) for name in names if name in rest}
         labels = LabelReport(**known) if known else None
@@ -58,7 +61,7 @@ class EpochRow:
         judged = ("ari_", "ami_", "rescued_", "right_")
         quality = {k: rest.pop(k) for k in list(rest) if k.startswith(judged)}
         steps = [rest.pop(name, 0) for name in ("lr", "gradient", "skipped")]
-        return cls(epoch, StepMeans(rest, *steps), labels, quality, val, seconds, best)
+        return cls(epoch, StepMeans(rest, *steps), labels, quality, val, seconds, best, extended)
 
 # %% ../../nbs/80_train/10_history.ipynb #6706d206
 def epoch_line(

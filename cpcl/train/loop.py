@@ -18,21 +18,16 @@ from ..data.read import Split
 from ..encoder.frozen import freeze
 from ..encoder.lora import add_adapters
 from ..encoder.weights import read_header, save_encoder
-from ..files import expect, read_json, user_path, write_json
+from ..files import expect, user_path, write_json
 from ..hcm import hcm_loss
-from cpcl.train.checkpoint import (
-    fill_state,
-    newest_state,
-    save_state,
-    write_history,
-)
+from .checkpoint import fill_state, newest_state, save_state, write_history
 from .compiled import CompiledTowers, check_compiler
 from .config import TrainConfig
-from .environment import environment
+from .environment import write_environment
 from .epoch import NotFinite, build_memories, build_optimizer, no_memories, train_epoch
 from .half import Scaler
 from .health import ROWS, label_remarks, outlier_alarm, save_eps_figure
-from .history import EpochRow, TensorBoard, epoch_line
+from .history import EpochRow, epoch_line
 from .hooks import function_name, load_function
 from cpcl.train.labels import (
     Features,
@@ -54,7 +49,9 @@ from cpcl.train.processes import (
     start_processes,
     step_products,
 )
+from .schedule import extension_at
 from .start import data_facts, first_encoder, held_run, same_run_everywhere, start_run, weights_of
+from .trackers import open_trackers, tracker_names
 
 # %% ../../nbs/80_train/03_loop.ipynb #72028035
 @others_needed()
@@ -72,26 +69,27 @@ def fit(
     loss=hcm_loss,  # (Batch, Prototypes, HCMConfig) -> Loss or a scalar; or its name
     labels=epoch_labels,  # (Features, LabelConfig, log) -> Labels or (img, txt); or its name
     data: dict = None,  # what a resumed run must find again; `data_facts(train)` if not given
+    trackers="tensorboard",  # of `tracker_names`: names with a comma between them, or a list
 ) -> list:  # of `EpochRow`
     "Train from `cfg.encoder`'s weights to `last` and `best.safetensors` in the run folder. Raises UserError."
-    hooks = hook_names(cfg, loss, labels)
+    hooks, trackers = hook_names(cfg, loss, labels), tracker_names(trackers)
     check_rows(cfg.labels, len(train.images), len(train.captions))
     accelerator, half = start_processes(cfg.optim.precision, cfg.optim.deterministic, log)
     check_compiler(cfg.optim, accelerator.device)
     seed_everything(cfg.seed)
     run, log, device = user_path(run), heard(log), accelerator.device
     loss, labels, encoder = load_function(loss), load_function(labels), first_encoder(cfg.encoder, log)
-    with held_run(run, train.root):
+    with held_run(run, train.root), contextlib.ExitStack() as held:
         _open(run, cfg, data or data_facts(train), resume, hooks, half)
         encoder, optimizer, scaler, history = _restore(cfg, encoder, half, run, resume, device, log)
-        model, writer = _model(cfg, encoder, accelerator, log), _writer(run)
+        model = _model(cfg, encoder, accelerator, log)
+        writer = _writer(run, trackers, accelerator, cfg, train, log, held)
         pixels, workers = _pixels(cache, train, encoder, workers, cfg, log)
         for epoch in range(len(history), cfg.optim.epochs):
             watch, report, judged = Stopwatch(), None, {}
             memories = no_memories(len(train.images), len(train.captions), encoder.width, device)
             if cfg.labels.source != "none":
-                with watch("features"):
-                    features = _features(encoder, train, pixels, workers, device, half)
+                features = _features(encoder, train, pixels, workers, device, half, watch)
                 with watch("labels"):
                     found = once(lambda: _label(labels, features, cfg, truth, log))
                     report, judged = once(lambda: _judge(found, features, cfg, quality, run, history, log))
@@ -101,9 +99,8 @@ def fit(
                 steps = train_epoch(
                     model, optimizer, loader, memories, cfg, accelerator, epoch, loss, writer, half, scaler
                 )
-            with watch("val"):
-                val = validate(encoder) if validate else {}
-            history.append(_row(history, steps, report, judged, val, watch))
+            val = _validated(validate, encoder, watch)
+            history.append(_row(history, steps, report, judged, val, watch, cfg))
             once(lambda: _save_epoch(run, encoder, optimizer, scaler, history, writer))
             log(epoch_line(history[-1], cfg.optim.epochs))
         return history
@@ -160,9 +157,10 @@ def _alarm(cfg, features, run, reports, log):
         )
 
 # %% ../../nbs/80_train/03_loop.ipynb #5a7913c2
-def _features(encoder, train, pixels, workers, device, half):
+def _features(encoder, train, pixels, workers, device, half, watch):
     "Features of all images and captions, in every process. Raises UserError if one is not finite."
-    img, txt = shared_features(encoder, train, cache=pixels, workers=workers, half=half)
+    with watch("features"):
+        img, txt = shared_features(encoder, train, cache=pixels, workers=workers, half=half)
     features = Features(img, txt, train.image_of, device)
     _check_finite(features, train)
     return features
@@ -198,33 +196,21 @@ def _model(cfg, encoder, accelerator, log):
     return prepare_encoder(accelerator, CompiledTowers(encoder))
 
 
-def _writer(run):
-    "What receives numbers: TensorBoard in the first process, nothing in others."
-    return TensorBoard(run) if place()["rank"] == 0 else None
+def _writer(run, trackers, accelerator, cfg, train, log, held):
+    "What receives numbers until `held` ends: trackers in the first process, nothing in others."
+    if place()["rank"]:
+        return None
+    found = open_trackers(run, trackers, accelerator, cfg, len(train.captions), log)
+    held.callback(found.close)
+    return found
 
 
 def _open(run, cfg, data, resume, hooks, half):
     "Open the run folder in the first process, once all of them would make the same run of it."
     data = data | dict(weights=weights_of(cfg.encoder))
     same_run_everywhere(cfg, data, hooks, resume=resume, half=str(half))
-    once(lambda: _write_down(run, cfg, data, resume, hooks))
-
-
-def _write_down(run, cfg, data, resume, hooks):
-    "The run folder, with its settings, and the versions and commands of this start and of those before."
-    start_run(run, cfg, data, resume, hooks)
-    path = run / "environment.json"
-    earlier = _earlier(path) if path.is_file() else []
-    write_json(path, environment() | ({"earlier": earlier} if earlier else {}))
-
-
-def _earlier(path):
-    "What `environment.json` says of the starts before. Nothing if it is damaged, since no run needs it."
-    try:
-        last = read_json(path)
-        return expect(last.pop("earlier", []), list, "earlier") + [last]
-    except UserError:
-        return []
+    once(lambda: start_run(run, cfg, data, resume, hooks))
+    once(lambda: write_environment(run))
 
 # %% ../../nbs/80_train/03_loop.ipynb #b61f20d9
 def _restore(cfg, encoder, half, run, resume, device, log):
@@ -299,10 +285,18 @@ def _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator):
     )
 
 
-def _row(history, steps, report, judged, val, watch):
+def _validated(validate, encoder, watch):
+    "What validation gives. Nothing without it."
+    with watch("val"):
+        return validate(encoder) if validate else {}
+
+
+def _row(history, steps, report, judged, val, watch, cfg):
     "The row of an epoch."
     seconds = {stage: round(s, 3) for stage, s in watch.seconds.items()}
-    return _with_best(EpochRow(len(history), steps, report, judged, val, seconds), history)
+    extension, _ = extension_at(cfg.optim, len(history))
+    row = EpochRow(len(history), steps, report, judged, val, seconds, extended=str(extension or ""))
+    return _with_best(row, history)
 
 
 def _with_best(row, history):

@@ -25,7 +25,8 @@ from .config import make_config
 from .labels import check_rows, epoch_labels
 from .loop import fit, hook_names
 from .processes import once, others_needed, shared_features, start_processes
-from .start import check_run, data_facts, run_folder, weights_of
+from .start import check_run, data_facts, extended_config, run_folder, weights_of
+from .trackers import tracker_names
 
 # %% ../../nbs/80_train/04_runs.ipynb #a7c5c6c4
 def score_split(
@@ -102,6 +103,8 @@ def train_run(
     log=print,  # receives the lines
     loss=hcm_loss,  # of `fit`: a function, or its name
     labels=epoch_labels,  # of `fit`: a function, or its name
+    trackers="tensorboard",  # of `fit`: names with a comma between them, or a list
+    extend: str = "",  # "constant" or "stretch": add epochs to a run that is resumed
 ) -> RunResult | None:  # None in processes other than the first
     "Train a preset on a data set and evaluate it. Raises UserError before training for bad input."
     name = name or detect(root)
@@ -114,12 +117,12 @@ def train_run(
         return {"val_R1": mean.R1, "val_mAP": mean.mAP}
 
     quality, truth = identity_calls(train)
-    _check(cfg, train, truth, root)
+    _check(cfg, train, truth, root, trackers)
     accelerator, _ = start_processes(cfg.optim.precision, cfg.optim.deterministic)
     first = accelerator.is_main_process
     check_compiler(cfg.optim, accelerator.device)
     data = data_facts(train, **held_out)
-    names = hook_names(cfg, loss, labels)
+    names, cfg = hook_names(cfg, loss, labels), once(lambda: _continued(run, cfg, resume, extend))
     once(lambda: check_run(run, cfg, data | dict(weights=weights_of(cfg.encoder)), resume, names))
     caches = {s: _cache(split, cfg.encoder, cache) for s, split in (held_out | {"train": train}).items()}
     if first:
@@ -128,7 +131,8 @@ def train_run(
         _say_counts(cfg, train, log)
         _read_images(caches.values())
     held = _validate if "val" in held_out else None
-    fit(cfg, train, run, held, quality, truth, resume, caches["train"], workers, log, loss, labels, data)
+    asked = dict(loss=loss, labels=labels, data=data, trackers=trackers)
+    fit(cfg, train, run, held, quality, truth, resume, caches["train"], workers, log, **asked)
     result = once(lambda: _result(run, train, held_out, caches, preset=preset, seed=seed))
     return result if first else None
 
@@ -144,8 +148,20 @@ def _result(run, train, held_out, caches, **facts):
     return result
 
 
-def _check(cfg, train, truth, root):
+def _continued(run, cfg, resume, extend):
+    "The configuration of a run, with the epochs that are added to it. Raises UserError."
+    if extend not in ("", "constant", "stretch"):
+        raise UserError(f"extend must be constant or stretch, got {extend!r}")
+    if extend and not resume:
+        raise UserError(
+            f"--extend {extend} adds epochs to a run that is continued: give --resume and --epochs"
+        )
+    return extended_config(run, cfg, extend) if resume else cfg
+
+
+def _check(cfg, train, truth, root, trackers):
     "What can be known to fail before an image is read."
+    tracker_names(trackers)
     check_rows(cfg.labels, len(train.images), len(train.captions))
     if cfg.optim.lora:
         need("peft", "peft")

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'split_fingerprint', 'data_facts', 'weights_of', 'trained_on', 'other_data_note', 'check_run',
-           'first_encoder', 'same_run_everywhere', 'is_run', 'run_folder', 'held_run', 'start_run', 'remove_run']
+           'extended_config', 'first_encoder', 'same_run_everywhere', 'is_run', 'run_folder', 'held_run', 'start_run',
+           'remove_run']
 
 # %% ../../nbs/80_train/11_start.ipynb #de995d57
 import contextlib, hashlib, os
+from dataclasses import replace
 from pathlib import Path
 
-from ..core import UserError
+from ..core import UserError, atomic_path
 from ..data.read import Split
 from ..encoder.towers import EncoderConfig, usual_reading
 from ..encoder.weights import about, fetch, load_encoder, reading_of
 from ..files import LOCK, MARK, check_folder, claimed, digest, expect, json_text, printable
 from ..files import read_json, user_path, write_json
-from .checkpoint import read_config, read_hooks
+from .checkpoint import complete_epochs, read_config, read_hooks
 from .config import TrainConfig, config_dict
 from .environment import environment
 from .processes import first_here, once, same_everywhere, several
+from .schedule import Extension, extensions
+from .settings import SETTINGS_FILE, settings_text
 
 # %% ../../nbs/80_train/11_start.ipynb #a69049b6
 def split_fingerprint(
@@ -105,15 +109,29 @@ def _command(run):
 # %% ../../nbs/80_train/11_start.ipynb #a696124a
 def _check_settings(run, cfg, hooks):
     "Raises UserError if a run has other settings, another loss or another label source."
-    old = _flat(config_dict(read_config(run))) | read_hooks(run)
+    was = read_config(run)
+    if cfg.optim.extended and _before_extension(cfg.optim) == was.optim:
+        done, last = complete_epochs(run), extensions(cfg.optim.extended)[-1]
+        if last.done != done:
+            raise UserError(f"{run} has {done} complete epochs, and optim.extended says {last}")
+        cfg = replace(cfg, optim=was.optim)
+    old = _flat(config_dict(was)) | read_hooks(run)
     new = _flat(config_dict(cfg)) | hooks
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if changed:
         changes = ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in changed)
+        longer = cfg.optim.epochs > was.optim.epochs
+        more = " More epochs are added with --extend constant or --extend stretch." if longer else ""
         raise UserError(
             f"{run} was made with other settings: {changes}. "
-            f"Give the same flags{_command(run)}, or another --out"
+            f"Give the same flags{_command(run)}, or another --out.{more}"
         )
+
+
+def _before_extension(optim):
+    "The settings that a run had before it was extended for the last time."
+    *earlier, last = extensions(optim.extended)
+    return replace(optim, epochs=last.epochs, extended=",".join(map(str, earlier)))
 
 # %% ../../nbs/80_train/11_start.ipynb #b264cb64
 def _hook_code(hooks):
@@ -189,6 +207,35 @@ def check_run(
     _check_data(run, data | _hook_code(hooks))
     _check_reading(run, cfg.encoder)
 
+# %% ../../nbs/80_train/11_start.ipynb #981f9c66
+def extended_config(
+    run,  # run folder
+    cfg: TrainConfig,  # what is asked for
+    how: str = "",  # "constant" or "stretch" if the run is to be extended
+) -> TrainConfig:  # what the run goes on with
+    "The configuration of a resumed run, with what is known of its extensions. Raises UserError."
+    run = user_path(run)
+    if not is_run(run):
+        if how:
+            raise UserError(f"--extend {how} adds epochs to a run, and {printable(run)} holds none")
+        return cfg
+    old = read_config(run).optim
+    if cfg.optim.extended not in ("", old.extended) or not (how or old.extended):
+        return cfg
+    known = dict(
+        extended=old.extended, warmup=old.warmup
+    )  # a warm-up that follows from --epochs is not meant
+    if old.extended and cfg.optim.epochs == old.epochs and how in ("", extensions(old.extended)[-1].how):
+        return replace(cfg, optim=replace(cfg.optim, **known))
+    if not how:
+        return cfg
+    if cfg.optim.epochs <= old.epochs:
+        raise UserError(f"{run} has {old.epochs} epochs: --extend {how} needs --epochs above that")
+    if not (done := complete_epochs(run)):
+        raise UserError(f"{run} has no complete epoch: start it again with another --out")
+    known["extended"] = ",".join(filter(None, [old.extended, str(Extension(how, done, old.epochs))]))
+    return replace(cfg, optim=replace(cfg.optim, **known))
+
 # %% ../../nbs/80_train/11_start.ipynb #3f85f627
 def first_encoder(
     encoder: EncoderConfig,  # the starting point of a run
@@ -257,14 +304,19 @@ def start_run(
     with run_folder(run, data.get("root")) as run:
         check_run(run, cfg, data, resume, hooks)
         facts = dict(config=config_dict(cfg), data=data | _hook_code(hooks))
+        path, same = run / SETTINGS_FILE, is_run(run) and read_config(run) == cfg
         write_json(run / "config.json", facts | ({"hooks": hooks} if hooks else {}))
+        if not (same and path.is_file()):  # a file that somebody has changed is kept
+            with atomic_path(path) as part:
+                part.write_text(settings_text(cfg, data, hooks), encoding="utf8")
 
 # %% ../../nbs/80_train/11_start.ipynb #be3b69a3
-_FILES = "config environment result not_finite".split(), "last best state state-before".split()
+_FILES = "config environment result not_finite trackers".split(), "last best state state-before".split()
 RUN_FILES = (
     *(f"{name}.json" for name in _FILES[0]),
     *(f"{name}.safetensors" for name in _FILES[1]),
     "history.jsonl",
+    SETTINGS_FILE,
     *(f"eps-{rows}.png" for rows in ("images", "captions")),
     "tensorboard/events.out.tfevents.*",
     MARK,
