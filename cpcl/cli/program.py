@@ -49,7 +49,8 @@ ABOUT = """Weakly supervised text-based person retrieval: find people by describ
 
 Also: cpcl --version [--verbose], cpcl --tyro-print-completion bash|zsh.
 
-Read from the environment: CPCL_PASSWORD, CPCL_HOSTS (the page), CPCL_TOKEN (the service), CPCL_MILVUS_TOKEN (a server)."""
+Read from the environment: CPCL_PASSWORD, CPCL_HOSTS (the page), CPCL_TOKEN (the service),
+CPCL_MILVUS_TOKEN (a server)."""
 
 
 @contextlib.contextmanager

@@ -196,9 +196,7 @@ class Serve:
 
     It answers on this machine only, unless --host names another address, and then to those with the token."""
 
-    index: tyro.conf.Positional[
-        str
-    ]  # folder of the index; it is opened again when `cpcl index` has changed it
+    index: tyro.conf.Positional[str]  # folder of the index; opened again when it has changed
     host: str = "127.0.0.1"  # address to answer on; 0.0.0.0: reachable by others too
     port: Annotated[int, Range(0, 2**16 - 1)] = 8000  # to answer on; 0: a free one
     token: str = ""  # that requests must bring; better in CPCL_TOKEN, other users see command lines
