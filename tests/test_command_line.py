@@ -22,6 +22,7 @@ NEEDED = {  # what a command cannot do without
     "index": ["FOLDER", "--run", "RUN", "--out", "OUT"],
     "search": ["INDEX", "a man"],
     "app": ["INDEX"],
+    "serve": ["INDEX"],
     "export": ["RUN", "--out", "OUT"],
 }
 

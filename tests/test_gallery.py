@@ -312,7 +312,8 @@ def test_a_moved_gallery_says_so(build, crops, tmp_path, promise, capsys):
     assert (status, err) == (0, "") and "cam_" in out
     box = Index.open(idx, folder=new).explore()
     box.children[0].children[0].value = "a woman"
-    assert box.children[2].value == "12 images" and len(box.children[3].children) == 12
+    assert box.children[2].value.startswith("12 images")
+    assert len(box.children[3].children[0].children) == 12
     status, _, err = cpcl(capsys, "search", idx, "a man", "--folder", tmp_path / "nowhere")
     assert status == 2 and "is not a folder" in err
     crops.mkdir()  # where the disk was mounted
@@ -359,7 +360,7 @@ def test_a_replaced_image_is_shown_nowhere(build, crops, tmp_path, promise):
     assert not any((np.asarray(a)[..., 0] > 250).all() for a in shown)
     box = index.explore()
     box.children[0].children[0].value = "a man"
-    assert len(box.children[3].children) == 11 and "1 of 12" in box.children[2].value
+    assert len(box.children[3].children[0].children) == 11 and "1 of 12" in box.children[2].value
     assert "11 kept, 1 dropped" in build()[1][-1]  # the link is not indexed either
 
 

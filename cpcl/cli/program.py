@@ -24,7 +24,7 @@ from cpcl.cli.errors import (
 )
 from .flags import over_file
 from .files import Convert, Doctor, Export, Pretrain, Synth
-from .searching import App, Index, Search
+from .searching import App, Index, Search, Serve
 from .settings import Settings
 from .training import Ablate, Demo, Eval, Train
 
@@ -42,13 +42,15 @@ COMMANDS = {
     "index": Index,
     "search": Search,
     "app": App,
+    "serve": Serve,
     "export": Export,
 }
 ABOUT = """Weakly supervised text-based person retrieval: find people by describing them.
 
 Also: cpcl --version [--verbose], cpcl --tyro-print-completion bash|zsh.
 
-Read from the environment: CPCL_PASSWORD, CPCL_HOSTS (the page), CPCL_MILVUS_TOKEN (a server)."""
+Read from the environment: CPCL_PASSWORD, CPCL_HOSTS (the page), CPCL_TOKEN (the service),
+CPCL_MILVUS_TOKEN (a server)."""
 
 
 @contextlib.contextmanager

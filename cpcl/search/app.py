@@ -32,7 +32,7 @@ def _password(names, host, password):
     return password
 
 # %% ../../nbs/search/13_app.ipynb #996e8186
-def _listen(host, port):
+def _listen(host, port, what="the page"):
     "A socket that listens. Raises UserError if the address is taken or not this machine's."
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -40,7 +40,7 @@ def _listen(host, port):
     except (OSError, UnicodeError) as e:
         reason = getattr(e, "strerror", None) or e
         raise UserError(
-            f"cannot start the page on {host}:{port}: {reason} (choose another --port or --host)"
+            f"cannot start {what} on {host}:{port}: {reason} (choose another --port or --host)"
         ) from None
 
 
@@ -118,13 +118,14 @@ def _protocol():
 class _Server:
     "uvicorn in a thread."
 
-    def __init__(self, app, sock):
+    def __init__(self, app, sock, grace=1):
         import uvicorn
 
         quiet = dict(log_config=None, log_level="critical", access_log=False)
         plain = dict(http=_protocol(), ws="none", proxy_headers=False, server_header=False)
-        config = uvicorn.Config(app, timeout_graceful_shutdown=1, **plain, **quiet)
+        config = uvicorn.Config(app, timeout_graceful_shutdown=grace, **plain, **quiet)
         self.server, self.sock, self.done = uvicorn.Server(config), sock, threading.Event()
+        self.grace = grace  # seconds in which what was asked is finished
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self):
@@ -147,7 +148,7 @@ class _Server:
         "Stop answering."
         self.server.should_exit = True
         if self.thread.ident:
-            self.done.wait(10)
+            self.done.wait(self.grace + 9)
         self.sock.close()
 
 # %% ../../nbs/search/13_app.ipynb #dc758d11
@@ -199,12 +200,12 @@ class Served:
 
 # %% ../../nbs/search/13_app.ipynb #565bf02e
 @contextlib.contextmanager
-def _ended_by_signals():
+def _ended_by_signals(what="the page"):
     "While this lasts, SIGTERM and SIGHUP raise SystemExit where they would end the process at once."
 
     def stop(number, frame):
         "The handler."
-        log_line("the page was stopped")
+        log_line(f"{what} was stopped")
         raise SystemExit(128 + number)
 
     held = {}
@@ -226,13 +227,14 @@ def _address(host, port):
     return f"http://{f'[{name}]' if ':' in name else name}:{port}/"
 
 
-def _start(index, host, port, password):
+def _start(index, host, port, password, beside):
     "A page that answers."
     listed = os.environ.get("CPCL_HOSTS", "")
     password = _password(names_of(host, port, listed), host, password)
-    blocks = build_page(index)
+    blocks = build_page(index, beside)
     try:
-        index.encoder  # weights are checked before anybody asks
+        for each in (index,) if beside is None else (index, beside):
+            each.encoder  # weights are checked before anybody asks
         sock = _listen(host, port)
         names = names_of(host, sock.getsockname()[1], listed)
         served = Served(blocks, sock, names, password, _address(host, names.port))
@@ -252,12 +254,14 @@ def serve(
     port: int = 7860,  # 0: a free one
     password: str = "",  # of the user `cpcl`; from CPCL_PASSWORD, or the terminal if it is needed
     block: bool = True,  # wait until stopped
+    beside=None,  # another `Index` of the same crops, whose lists are shown beside
 ) -> "Served":  # its `address`; `close` it
     """Start the page. Whatever ends it, its private folder is removed.
 
-    Raises UserError if others could reach it without a password, or the address is taken (Gradio)."""
+    Raises UserError if others could reach it without a password, the address is taken, or the two indexes
+    have no image in common (Gradio)."""
     with _ended_by_signals() if block else contextlib.nullcontext():
-        served = _start(index, host, port, password)
+        served = _start(index, host, port, password, beside)
         if block:
             with served:
                 print(f"the page is at {served.address} (Ctrl-C stops it)", flush=True)

@@ -8,6 +8,7 @@ __all__ = ['MAX_QUERY', 'NEGATIVE', 'UNSEEN', 'ROCCHIO', 'Index']
 # %% ../../nbs/search/07_index.ipynb #773b710e
 import os, warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,9 +22,9 @@ from ..files import digest, is_unicode, short, user_path
 from .build import build_index, open_store
 from .columns import find_filters, unknown_note
 from .gallery import read_found
+from .hits import write_hits
 from .manifest import Manifest
 from .source import fingerprint, source_of
-from .widget import Finder
 
 # %% ../../nbs/search/07_index.ipynb #e08f9876
 def _load(manifest):
@@ -268,6 +269,18 @@ def show(
         height=height,
     )
 
+# %% ../../nbs/search/07_index.ipynb #9f3dde5a
+@patch
+def save(
+    self: Index,
+    found: pd.DataFrame,  # what `search` or `more_like` returned
+    file,  # to write; ends in .csv or .html
+) -> Path:  # the file
+    "Write a result as CSV or as self-contained HTML. Raises UserError for another suffix or a full disk."
+    if note := write_hits(found, file, self.manifest.folder):
+        warnings.warn(note, stacklevel=2)
+    return user_path(file)
+
 # %% ../../nbs/search/07_index.ipynb #ba0dbb30
 ROCCHIO = (
     1.0,
@@ -301,6 +314,9 @@ def more_like(
 def explore(
     self: Index,
     k: int = 12,  # images in the first list
+    beside: Index = None,  # of the same crops, made with another model: both lists are shown
 ):  # widgets, for a notebook
     "Search in the notebook: a sentence, filters, more like this, marks (ipywidgets)."
-    return Finder(self, k).box
+    from cpcl.search.widget import Finder
+
+    return Finder(self, k, beside=beside).box

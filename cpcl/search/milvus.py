@@ -238,6 +238,16 @@ def take(
         raise UserError(f"{missing[0]!r} is not in the index")
     return np.array([vectors[i] for i in ids], np.float32)
 
+
+@patch
+def path_of(
+    self: MilvusStore,
+    id: int,  # from `row_id`
+) -> str | None:  # None if no row has it
+    "The path of a row."
+    found = self.client.get(self.collection, ids=[id], output_fields=["path"])
+    return found[0]["path"] if found else None
+
 # %% ../../nbs/search/04_milvus.ipynb #31a24d49
 @patch
 def add(
