@@ -32,12 +32,13 @@ setup(
         e: " ".join(cfg[f"{p}_requirements"] for p in parts).split()
         for e, parts in {
             "app": ["app"],
+            "crop": ["crop"],
             "docs": ["docs"],
             "export": ["export"],
             "heic": ["heic"],
             "milvus": ["milvus"],
             "peft": ["peft"],
-            "dev": ["dev", "app", "docs", "export", "milvus", "peft"],
+            "dev": ["dev", "app", "crop", "docs", "export", "milvus", "peft"],
         }.items()
     },
     entry_points={

@@ -23,6 +23,9 @@ NEEDED = {  # what a command cannot do without
     "search": ["INDEX", "a man"],
     "app": ["INDEX"],
     "export": ["RUN", "--out", "OUT"],
+    "crop": ["FOLDER", "--out", "OUT"],
+    "compare": ["RUN", "RUN"],
+    "report": ["RUN"],
 }
 
 

@@ -20,6 +20,8 @@ from cpcl.cli.errors import (
     reader_gone,
     stoppable,
 )
+from .comparing import Compare, Report
+from .cropping import Crop
 from .files import Convert, Doctor, Export, Pretrain, Synth
 from .searching import App, Index, Search
 from .training import Ablate, Demo, Eval, Train
@@ -38,6 +40,9 @@ COMMANDS = {
     "search": Search,
     "app": App,
     "export": Export,
+    "crop": Crop,
+    "compare": Compare,
+    "report": Report,
 }
 
 
