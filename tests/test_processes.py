@@ -595,7 +595,8 @@ def test_two_processes_build_the_index_of_one(gallery, tmp_path, promise):
     assert [n for n, *_ in again] == [0, 0] and "0 encoded, 25 kept" in again[0][1][-1]
 
 
-@pytest.mark.parametrize("dies", [pytest.param((0, 2), marks=pytest.mark.slow), (1, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [(0, 2), (1, 2)])
 def test_a_build_of_two_processes_that_is_killed(dies, gallery, tmp_path, promise):
     promise("a build of two processes in which one is killed leaves the old index intact")
     import shutil
