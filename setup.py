@@ -11,7 +11,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf8")
 cfg = parser["DEFAULT"]
-EXTRAS = ("app", "docs", "export", "heic", "hf", "milvus", "peft", "serve", "trackio", "wandb")
+EXTRAS = ("app", "crop", "docs", "export", "heic", "hf", "milvus", "peft", "serve", "trackio", "wandb")
 minor = int(cfg["min_python"].split(".")[1])
 
 
@@ -59,7 +59,7 @@ setup(
     install_requires=needs("", "platform_"),
     extras_require={
         **{extra: needs(f"{extra}_") for extra in EXTRAS},
-        "dev": needs("dev_", "app_", "docs_", "export_", "milvus_", "peft_", "serve_"),
+        "dev": needs("dev_", "app_", "crop_", "docs_", "export_", "milvus_", "peft_", "serve_"),
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -24,6 +24,9 @@ NEEDED = {  # what a command cannot do without
     "app": ["INDEX"],
     "serve": ["INDEX"],
     "export": ["RUN", "--out", "OUT"],
+    "crop": ["FOLDER", "--out", "OUT"],
+    "compare": ["RUN", "RUN"],
+    "report": ["RUN"],
 }
 
 

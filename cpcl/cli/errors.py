@@ -278,6 +278,7 @@ _GO_ON = {
     "demo": "the same command starts the demo again",
     "ablate": "the same command continues with the runs that are missing",
     "pretrain": "the same command continues the pre-training",
+    "crop": "the same command continues with what was not looked at",
 }
 
 

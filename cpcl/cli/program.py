@@ -22,6 +22,8 @@ from cpcl.cli.errors import (
     reader_gone,
     stoppable,
 )
+from .comparing import Compare, Report
+from .cropping import Crop
 from .flags import over_file
 from .files import Convert, Doctor, Export, Pretrain, Synth
 from .searching import App, Index, Search, Serve
@@ -44,6 +46,9 @@ COMMANDS = {
     "app": App,
     "serve": Serve,
     "export": Export,
+    "crop": Crop,
+    "compare": Compare,
+    "report": Report,
 }
 ABOUT = """Weakly supervised text-based person retrieval: find people by describing them.
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STALE', 'NOT_RUN', 'stale_note', 'records_note', 'Table', 'noted', 'seed_table', 'mean_table', 'with_missing',
-           'signed', 'val_table', 'seed_plot', 'difference', 'against', 'verdict', 'verdicts', 'answer',
+           'signed', 'val_table', 'seed_plot', 'difference', 'against', 'judged', 'verdict', 'verdicts', 'answer',
            'device_tables', 'gap_closed', 'share_text']
 
 # %% ../../nbs/lab/02_tables.ipynb #99949880
@@ -235,6 +235,19 @@ def against(
     return noted(pd.DataFrame.from_dict(rows, orient="index", columns=["seeds", *metrics]), records)
 
 # %% ../../nbs/lab/02_tables.ipynb #43cde743
+def judged(
+    difference_: float,  # NaN if a method has no record
+    low: float,  # its interval; NaN if there is none
+    high: float,
+) -> str:  # "better", "worse", "open", "one seed" or "not run"
+    "The verdict on a difference: only an interval without zero makes it better or worse."
+    if np.isnan(difference_):
+        return NOT_RUN
+    if np.isnan(low):
+        return "one seed"
+    return "better" if low > 0 else "worse" if high < 0 else "open"
+
+
 def verdict(
     records: list,  # of Record, one device
     base: str,  # name of the method compared with
@@ -243,12 +256,7 @@ def verdict(
     metric: str = "mAP",  # one of METRICS
 ) -> str:  # "better", "worse", "open", "one seed" or "not run"
     "Whether one method may be called better or worse than another: only if zero is outside the interval."
-    difference_, low, high = difference(records, base, other, query_person).loc[metric]
-    if np.isnan(difference_):
-        return NOT_RUN
-    if np.isnan(low):
-        return "one seed"
-    return "better" if low > 0 else "worse" if high < 0 else "open"
+    return judged(*difference(records, base, other, query_person).loc[metric])
 
 
 def verdicts(

@@ -33,7 +33,7 @@ def _is_inside(path, top):
     return Path(os.path.realpath(path)).is_relative_to(top)
 
 
-def _kind(entry, top):
+def _kind(entry, top, suffixes=IMAGE_SUFFIXES):
     "What an entry is for a listing: a folder, an image, or the reason why it is left out (empty: nothing)."
     if entry.name.startswith("."):
         return "hidden"
@@ -45,7 +45,7 @@ def _kind(entry, top):
         return "folder"
     if not (entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)):
         return ""  # e.g. a link to a folder in here, which is listed anyway
-    return "image" if entry.name.lower().endswith(IMAGE_SUFFIXES) else "format"
+    return "image" if entry.name.lower().endswith(suffixes) else "format"
 
 # %% ../../nbs/search/00_gallery.ipynb #9ada6906
 def _count_images(path, top=""):
@@ -133,7 +133,7 @@ def _shard_images(top):
                 yield f"{file.relative_to(top).as_posix()}/{name}", *_state(*image_state(file / name))
 
 
-def _walk(folder, top, left, ignore=None, below=""):
+def _walk(folder, top, left, ignore=None, below="", suffixes=IMAGE_SUFFIXES):
     "Yield (relative path, size, mtime_ns) of every image below a folder, and count what is left out."
     try:
         with os.scandir(folder) as found:
@@ -144,10 +144,10 @@ def _walk(folder, top, left, ignore=None, below=""):
         left.closed.append(below.rstrip("/"))
         return
     for e in entries:
-        kind = _kind(e, top)
+        kind = _kind(e, top, suffixes)
         if kind == "folder":
             if os.path.realpath(e.path) != ignore:
-                yield from _walk(e.path, top, left, ignore, f"{below}{e.name}/")
+                yield from _walk(e.path, top, left, ignore, f"{below}{e.name}/", suffixes)
             continue
         left.add(kind, below + e.name, e.path)
         if kind != "image":
@@ -168,7 +168,7 @@ def _split_images(split):
             yield path, -1, 0
 
 
-def _no_image(folder, left):
+def _no_image(folder, left, suffixes):
     "The message for a folder in which nothing is listed, with what to do."
     if left.links:
         return (
@@ -176,12 +176,13 @@ def _no_image(folder, left):
             f"are not followed: index {printable(left.target)} itself, or copy the images into the folder"
         )
     why = f", {left.line()}" if left.line() else ""
-    return f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)}){why}"
+    return f"{folder} holds no image ({', '.join(suffixes)}){why}"
 
 
 def scan_images(
     folder,  # a folder of images, or a `Split` of a data set
     ignore=None,  # a folder below that is not looked into
+    suffixes: tuple = IMAGE_SUFFIXES,  # of the files that are listed
 ) -> tuple:  # a DataFrame with path (relative, with /), size in bytes, mtime_ns, sorted by path; a `LeftOut`
     "List every image, and count what is left out. Raises UserError if there is no image."
     left = LeftOut()
@@ -193,11 +194,11 @@ def scan_images(
             raise UserError(f"{folder} is not a folder")
         ignore = os.path.realpath(user_path(ignore)) if ignore else None
         left.top = folder.resolve()
-        rows = sorted(_walk(folder, left.top, left, ignore))
+        rows = sorted(_walk(folder, left.top, left, ignore, suffixes=suffixes))
         if not rows and any([left.formats.pop(kind, 0) for kind in ARCHIVES]):
             rows = sorted(_shard_images(left.top))
         if not rows:
-            raise UserError(_no_image(folder, left))
+            raise UserError(_no_image(folder, left, suffixes))
     return pd.DataFrame(rows, columns=["path", "size", "mtime_ns"]), left
 
 # %% ../../nbs/search/00_gallery.ipynb #9db737c1
