@@ -203,7 +203,7 @@ def test_empty_and_over_long_queries_are_answered(tab):
     shows(tab, 0)
     box = tab.locator(BOX).first
     box.fill("red " * 2000)
-    assert len(box.input_value()) == 2000  # the box takes no more; search/11_page tests the server with more
+    assert len(box.input_value()) == 2000  # the box takes no more; search/17_page tests the server with more
     ask(tab, "a hat")
     shows(tab, 12)
 

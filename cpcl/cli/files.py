@@ -53,7 +53,7 @@ class Doctor:
     """Check a data set before training: counts beside the published ones, long and repeated captions,
     unreadable files. Exits with 1 if something is wrong."""
 
-    root: tyro.conf.Positional[str]  # folder of the data set
+    root: tyro.conf.Positional[str]  # the data set: a folder, a table or shards
     data: DataName = "auto"  # which data set it is; auto: recognise it
     decode: bool = True  # open every image (slower, finds unreadable files)
 

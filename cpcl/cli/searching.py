@@ -33,7 +33,7 @@ class Index:
     pretrained: str = ""  # weights of an open_clip name: a tag such as openai, a file, or none (random)
     size: str = ""  # HEIGHTxWIDTH of the images for --model in pixels, e.g. 384x128; empty: the usual one
     out: str = ""  # folder of the index; empty: FOLDER-index in the current folder
-    columns: str = ""  # CSV with a column `path` and others to filter by, e.g. camera
+    columns: str = ""  # table (CSV, TSV, Parquet) with a column `path` and others to filter by, e.g. camera
     batch_size: Annotated[int, Range(1)] = 128  # images per step
     workers: Annotated[int, Range(1)] = 2  # threads that decode
     # milvus:URI keeps rows and vectors on a server, e.g. milvus:http://localhost:19530; empty: files in --out
