@@ -252,7 +252,7 @@ def test_shards_are_given_themselves(wanted, tmp_path, promise):
 
 def test_no_index_of_images_in_memory(tmp_path):
     with pytest.raises(UserError, match="in memory"):
-        build_index(load_split(in_memory(facts())), tmp_path / "run", tmp_path / "index")
+        build_index(load_split(in_memory(facts())), "tiny", tmp_path / "index")
 
 
 SAME = {}  # what the first form has given

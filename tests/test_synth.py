@@ -29,6 +29,7 @@ def wheel(tmp_path_factory):
     shutil.copytree(ROOT / "cpcl", copy / "cpcl", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "data" / "tiny-clip", copy / "data" / "tiny-clip")
     build = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "dist"]
     subprocess.run(build, cwd=copy, check=True, capture_output=True)
     with zipfile.ZipFile(next((copy / "dist").glob("*.whl"))) as z:

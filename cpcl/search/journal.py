@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..core import UserError, atomic_path, remove_partial_files
 from ..data.images import IMAGE_SUFFIXES
+from ..data.shards import image_state
 from ..data.parse import check_path
 from ..data.video import VIDEO_SUFFIXES
 from ..files import expect, json_text, parse_json, printable, user_path
@@ -46,7 +47,7 @@ def _one_file(file):
         )
     if not _can_be_stored(file.name):
         raise UserError(f"{printable(file)} has a name that cannot be stored: rename it")
-    return [Source(file.name, file, *_state(file.stat()))]
+    return [Source(file.name, file, *_state(*image_state(file)))]
 
 
 def list_sources(

@@ -41,9 +41,9 @@ def _lines(
     ax.title.set_fontsize(10)
     ax.grid(alpha=0.3)
     sns.despine(ax=ax)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if drawn:
-        place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.22))
+        place = dict(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.8)  # below the axis label
         ax.legend(frameon=False, fontsize=9, handlelength=2.5, **place)
     else:
         _not_recorded(ax)
@@ -129,7 +129,7 @@ def stage_seconds(
         ax.bar(seconds.index, seconds[stage], bottom=base, color=colour, label=stage, width=0.8)
         base += seconds[stage].to_numpy()
     ax.set(xlabel="epoch", ylabel="seconds")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     sns.despine(ax=ax)
     ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
