@@ -448,7 +448,7 @@ def status_of(s):
 def _search_fn(port):
     "The number of the search among Gradio's functions."
     config = json.loads(Visitor(port).request("GET", "/config")[2])
-    return next(d["id"] for d in config["dependencies"] if len(d["outputs"]) == 5)
+    return next(d["id"] for d in config["dependencies"] if len(d["inputs"]) == 4)
 
 
 def can_use(address):
