@@ -1464,6 +1464,7 @@ def test_strange_captions_are_read_rightly(name, tmp_path, encoder, promise):
     assert unit_rows(encoder.embed_texts(split.captions))
 
 
+@pytest.mark.slow
 def test_strange_input_from_end_to_end(tmp_path, monkeypatch, quiet, promise):
     "All of it in one data set: checked, trained on, scored, indexed, searched."
     promise("strange but right: commands", cases=5)

@@ -76,7 +76,7 @@ def test_few_examples_were_set_aside():
     assert tally["equal"] > 200 and tally["aside"] < tally["equal"] / 4, tally
 
 
-@pytest.mark.parametrize("n", [4_000, pytest.param(16_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [2_000, pytest.param(16_000, marks=pytest.mark.slow)])
 def test_end_to_end_on_clustered_sets(n):
     "Features to labels against the dense float64 recipe; people of 2 to 5 rows, noisy enough for outliers."
     x = people(n, 512, 0.9, seed=n)

@@ -264,7 +264,8 @@ def test_an_encoding_that_lacks_a_letter_escapes_it(things, tmp_path, promise):
     assert "\\u56fe" in done.communicate(timeout=100)[0] and done.returncode == 1
 
 
-CLOSED = [["--help"], *([name, "--help"] for name in COMMANDS), ["search"], ["doctor"], ["eval"], ["index"]]
+ALIKE = [*([name, "--help"] for name in COMMANDS), ["doctor"], ["eval"], ["index"]]  # one code path for all
+CLOSED = [["--help"], ["search"], *(pytest.param(words, marks=pytest.mark.slow) for words in ALIKE)]
 
 
 @pytest.mark.parametrize("words", CLOSED, ids=" ".join)
@@ -287,7 +288,9 @@ def test_a_closed_pipe_ends_quietly(words, things, tmp_path, promise):
     assert (done.returncode, err) == (141, ""), err
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(
+    "unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)], ids=["buffered", "unbuffered"]
+)
 def test_a_full_disk_behind_the_output_is_one_line(things, unbuffered, monkeypatch):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")

@@ -69,6 +69,7 @@ def test_train_own_folder_without_people(cuhk, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_supervised_alone_reads_people(cuhk, tmp_path, monkeypatch):
     "For every other preset the identities may be anything: the weights come out the same."
     import cpcl.train.runs

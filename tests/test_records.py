@@ -111,6 +111,7 @@ def test_committed_records(tmp_path, package, file):
         assert "losses" in changed_modules(record.code, code)
 
 
+@pytest.mark.slow
 def test_stamping_keeps_every_number(tmp_path):
     def numbers(records):
         return [(r.data, r.history, r.queries, r.result, r.seconds, r.environment) for r in records]
