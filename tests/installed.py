@@ -21,6 +21,7 @@ SENTENCE = "a woman in a red coat with a black backpack"
 
 def run(*command, **options):
     "Run a command and return what it prints. A failure shows everything that it printed."
+    options.setdefault("env", {k: v for k, v in os.environ.items() if k != "PYTHONPATH"})  # a checkout's
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
     if done.returncode:
         raise AssertionError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
