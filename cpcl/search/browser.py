@@ -121,10 +121,11 @@ _TOOLS = "\n".join(
             position="sticky",
             top=0,
             z_index=5,
+            margin="0 -6px",
             display="flex",
             flex_wrap="wrap",
             gap="8px",
-            padding="6px 0",
+            padding="6px",
             background="var(--body-background-fill, #fff)",
         ),
         rule(
@@ -220,7 +221,7 @@ _PHONE = " ".join(
         rule(".hits", grid_template_columns="1fr 1fr", gap="8px"),
         rule(".two .hits", grid_template_columns="1fr"),
         rule(".lists.two", gap="8px"),
-        rule(".tool, .hit .like", min_height="44px"),
+        rule(".tool, .hit .like", min_height="44px", padding="6px 8px"),
         rule(".hit .mark", width="44px", height="44px", border_radius="22px"),
     )
 )

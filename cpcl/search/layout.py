@@ -54,7 +54,12 @@ _PAGE = (
     "#found .html-container {padding: 0}",
     ".gradio-container {--font: system-ui, sans-serif}",
     ".gradio-container {--slider-color: #3b82f6}",
-    ".gradio-container {--input-placeholder-color: var(--body-text-color-subdued)}",
+    rule(
+        ".gradio-container ::placeholder",
+        color="var(--body-text-color) !important",
+        opacity=".65",
+        font_style="italic",
+    ),
     "#k input, input[role=combobox], .gradio-container .label-wrap {min-height: 30px}",
     "#k .min_value, #k .max_value {color: inherit}",
     rule("#found, #large", overflow="visible !important", padding=0, border=0),
@@ -94,7 +99,7 @@ def _question(gr, page):
     with gr.Row():
         sentence = gr.Textbox(
             label="Who is looked for?",
-            placeholder="a woman in a red coat",
+            placeholder="e.g. a woman in a red coat",
             max_length=MAX_QUERY,
             autofocus=True,
             scale=4,
@@ -114,7 +119,7 @@ def _question(gr, page):
         ]
         k = gr.Slider(1, 100, 12, step=1, label="how many", min_width=140, buttons=[], elem_id="k")
     with gr.Accordion("More", open=False):
-        without = gr.Textbox(label="What it should not show", placeholder="a hat", max_length=MAX_QUERY)
+        without = gr.Textbox(label="What it should not show", placeholder="e.g. a hat", max_length=MAX_QUERY)
         upload = gr.File(
             label="An image: more like this (up to 10 MB)",
             file_types=["image"],
