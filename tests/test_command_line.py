@@ -2,6 +2,7 @@
 
 import contextlib, dataclasses, io, json, os, signal, subprocess, sys, time, typing
 
+from commands import cpcl
 import pytest
 from PIL import Image
 
@@ -28,17 +29,6 @@ NEEDED = {  # what a command cannot do without
     "compare": ["RUN", "RUN"],
     "report": ["RUN"],
 }
-
-
-def cpcl(*words):
-    "(exit status, stdout, stderr) of a command that runs in this process."
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([str(w) for w in words])
-        except SystemExit as e:
-            code = e.code
-    return code, out.getvalue(), err.getvalue()
 
 
 def process(*words, **options):

@@ -1,11 +1,11 @@
 "`cpcl compare` and `cpcl report` on run folders, with the weights that a training starts from."
 
-import contextlib, io, json, re, shutil
+import json, re, shutil
 
+from commands import cpcl
 import pandas as pd
 import pytest
 
-from cpcl.cli import main
 from cpcl.data import load_split
 from cpcl.encoder import EncoderConfig, load_encoder, save_encoder
 from cpcl.files import write_json
@@ -17,17 +17,6 @@ from cpcl.train.runs import RunResult, score_run
 from cpcl.train.start import data_facts, start_run
 
 SMALL = EncoderConfig("tiny", "", 48, 24)
-
-
-def cpcl(*words):
-    "(exit status, stdout, stderr) of a command that runs in this process."
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([str(w) for w in words])
-        except SystemExit as e:
-            code = e.code
-    return code, out.getvalue(), err.getvalue()
 
 
 def copied(run, to, weights=None, **settings):

@@ -1,7 +1,8 @@
 "`cpcl crop`: what goes in, what an interruption leaves, and that `cpcl index` takes what comes out."
 
-import contextlib, errno, io, json, os, signal, subprocess, sys, time
+import errno, json, os, signal, subprocess, sys, time
 
+from commands import cpcl
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +10,6 @@ import torch
 from PIL import Image
 from torchvision.models import get_model
 
-from cpcl.cli import main
 from cpcl.search.crops import CropConfig, crop_people
 from cpcl.search.detector import Detector
 from cpcl.search.journal import JOURNAL
@@ -18,17 +18,6 @@ NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
 ANYBODY = ("--detector", NAME, "--min-score", "0", "--min-height", "1", "--device", "cpu")
 OTHER = "ssdlite320_mobilenet_v3_large"
 BOXES = [[10, 10, 40, 100], [60, 5, 100, 110]]
-
-
-def cpcl(*words):
-    "(exit status, stdout, stderr) of a command that runs in this process."
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([str(w) for w in words])
-        except SystemExit as e:
-            code = e.code
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

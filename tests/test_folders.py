@@ -1,12 +1,12 @@
 "A command writes only to folders it made, runs no program of a stranger, and resumes only what it started."
 
-import contextlib, io, json, os, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 from unittest import mock
 
+import commands
 import pytest
 
-from cpcl.cli import main
 from cpcl.synth.dataset import write_synth
 from cpcl.train.checkpoint import read_history
 
@@ -14,11 +14,8 @@ SMALL = "--pretrained none --height 48 --width 24 --epochs 1 --preset clip"
 
 
 def cpcl(words):
-    "Run a command in this process; returns its exit status and what it printed."
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main(words.split())
-    return status, out.getvalue(), err.getvalue()
+    "(exit status, stdout, stderr) of a command, in one text."
+    return commands.cpcl(*words.split())
 
 
 def contents(folder):

@@ -4,6 +4,7 @@ import contextlib, io, json, os, shutil, signal, stat, subprocess, sys
 from pathlib import Path
 from unittest import mock
 
+import commands
 import pytest
 from accelerate.tracking import GeneralTracker
 from huggingface_hub import ModelCard
@@ -21,19 +22,8 @@ from cpcl.train.schedule import rate_at
 SMALL = "--pretrained none --height 48 --width 24 --preset clip".split()
 
 
-def run(*words):
-    "(exit status, stdout, stderr) of a command that runs in this process."
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([str(w) for w in words])
-        except SystemExit as e:
-            code = e.code or 0
-    return code, out.getvalue(), err.getvalue()
-
-
 def works(*words):
-    code, out, err = run(*words)
+    code, out, err = commands.cpcl(*words)
     assert code == 0, (out, err)
     return out, err
 
@@ -65,9 +55,9 @@ def test_settings_of_the_command_line():
     names = [line.split()[0] for line in works("settings", "optim")[0].splitlines()]
     assert "optim.lr" in names and all(name.startswith("optim.") for name in names)
     assert {row["name"] for row in json.loads(works("settings", "--json")[0])} >= {"hcm.tau_p", "seed"}
-    code, out, err = run("settings", "hcm.tau")
+    code, out, err = commands.cpcl("settings", "hcm.tau")
     assert (code, out) == (2, "") and err == "cpcl: there is no setting 'hcm.tau', did you mean hcm.tau_p?\n"
-    code, out, err = run("train", "--set", "hcm.x=1")
+    code, out, err = commands.cpcl("train", "--set", "hcm.x=1")
     assert code == 2 and err.startswith("cpcl: hcm has no setting 'x'") and err.count("\n") == 1
 
 
@@ -111,7 +101,9 @@ def test_a_wrong_file_is_one_line(base, tmp_path, text, says):
     file = tmp_path / "a.yaml"
     if text is not None:
         file.write_text(text)
-    code, out, err = run("train", "--config", file, "--root", base / "set", "--out", tmp_path / "run")
+    code, out, err = commands.cpcl(
+        "train", "--config", file, "--root", base / "set", "--out", tmp_path / "run"
+    )
     assert (code, out, err.count("\n")) == (2, "", 1) and says in err, err
     assert not (tmp_path / "run").exists()
 
@@ -129,7 +121,7 @@ def killed(*words, epoch):
         return line(row, epochs)
 
     with mock.patch("cpcl.train.loop.epoch_line", stop):
-        assert run(*words)[0] == 130
+        assert commands.cpcl(*words)[0] == 130
 
 
 def factors(*words):
@@ -164,7 +156,7 @@ def test_more_epochs(base, tmp_path):
     longer = tmp_path / "run"
     shutil.copytree(base / "run", longer)
     words = ("train", "--root", base / "set", *MORE, "--out", longer)
-    code, out, err = run(*words)
+    code, out, err = commands.cpcl(*words)
     assert code == 2 and "optim.epochs was 2, now 4" in err and "--extend constant or --extend stretch" in err
     check_longer(base, longer, "stretch", factors(*words, "--extend", "stretch"))
 
@@ -195,10 +187,10 @@ def base_factors(base, steps):
 def test_more_epochs_of_nothing(base, tmp_path):
     out = ("--root", base / "set", "--out", tmp_path / "nothing", "--epochs", 4, "--extend", "stretch")
     for words, says in (((), "give --resume and --epochs"), (("--resume",), "holds none")):
-        code, _, err = run("train", *out, *words)
+        code, _, err = commands.cpcl("train", *out, *words)
         assert code == 2 and says in err and err.count("\n") == 1 and not (tmp_path / "nothing").exists()
     fewer = ("--out", base / "run", "--resume", "--epochs", 1, "--extend", "stretch", "--batch-size", 16)
-    code, _, err = run("train", "--root", base / "set", *SMALL, *fewer)
+    code, _, err = commands.cpcl("train", "--root", base / "set", *SMALL, *fewer)
     assert code == 2 and "has 2 epochs: --extend stretch needs --epochs above that" in err
 
 
@@ -249,7 +241,9 @@ def test_trackers_of_a_resumed_run(base, tmp_path):
 
 
 def test_an_unknown_tracker(base, tmp_path):
-    code, out, err = run("train", "--root", base / "set", "--out", tmp_path / "x", "--log", "tensorbord")
+    code, out, err = commands.cpcl(
+        "train", "--root", base / "set", "--out", tmp_path / "x", "--log", "tensorbord"
+    )
     assert code == 2 and "there is no tracker 'tensorbord'" in err and not (tmp_path / "x").exists()
 
 

@@ -1,15 +1,15 @@
 "Weights are read as their tag or their file wants it, and checkpoints load in the shapes that are published."
 
-import contextlib, io, json
+import json
 from unittest import mock
 
+from commands import cpcl
 import numpy as np
 import open_clip
 import pytest
 import torch
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained
 
-from cpcl.cli import main
 from cpcl.core import UserError
 from cpcl.data.images import CLIP_MEAN, CLIP_STD, to_tensor
 from cpcl.encoder import Encoder, EncoderConfig, load_encoder, save_encoder
@@ -344,14 +344,6 @@ def test_a_file_that_needs_code_is_not_run(tmp_path):
 
 
 # --- cpcl eval without a run
-
-
-def cpcl(*words):
-    "(exit status, stdout, stderr)."
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(w) for w in words])
-    return code, out.getvalue(), err.getvalue()
 
 
 def test_eval_scores_a_checkpoint_of_others(tmp_path):
