@@ -186,7 +186,7 @@ class Eval:
     # without a run: image width in pixels; 0: the model's usual one
     width: Annotated[int, Range(1, 4096, zero="the usual one")] = 0
     size: str = ""  # without a run: both at once, as HEIGHTxWIDTH, e.g. 384x128
-    # folder of the data set; empty: the one that the run was trained on, without a run the sample set
+    # the data set: a folder, a table or shards; empty: that of the run, without a run the sample set
     root: str = ""
     data: DataName = "auto"  # which data set is in --root; auto: recognise it
     split: Literal["train", "val", "test"] = "test"  # which part of it

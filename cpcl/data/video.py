@@ -12,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..core import UserError, need
-from .images import _no_file
+from .images import why_no_file
 from ..files import printable, user_path
 
 # %% ../../nbs/10_data/15_video.ipynb #2bdd7f05
@@ -113,7 +113,7 @@ def read_frames(
     "Yield a frame every so many seconds. Raises UserError if the file cannot be read or has no picture."
     av, path = need("av", "crop"), user_path(path)
     name, clock, number = printable(path), _Clock(every), -1
-    if why := _no_file(path):
+    if why := why_no_file(path):
         raise UserError(f"cannot read the video {name}: {why}")
     try:
         with av.open(str(path), options=_OPTIONS) as film:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core import UserError, atomic_path
 from .code import read_modules, run_code
-from ..train.config import TrainConfig, config_from
+from ..train.config import TrainConfig, config_from, dotted
 from ..train.environment import own_commit
 
 # %% ../../nbs/lab/07_carry.ipynb #091a6480
@@ -43,15 +43,6 @@ def todays_setting(
     return name, value_now if known else value
 
 # %% ../../nbs/lab/07_carry.ipynb #4f3a4a7c
-def _flat(config, above=""):
-    "(dotted name, value) of every setting of a nested configuration."
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield above + name, value
-
-
 def _nested(settings):
     "A nested configuration from (dotted name, value)."
     config = {}
@@ -68,7 +59,7 @@ def carry_over(
     record: dict,  # a line of a file of records
 ) -> dict:  # the same with today's names; marked if it kept no code
     "A record under today's names. One that kept no code is marked with the commit that made it."
-    settings = [todays_setting(*item) for item in _flat(record["config"])]
+    settings = [todays_setting(*item) for item in dotted(record["config"]).items()]
     changes = dict(todays_setting(*item) for item in record["spec"]["changes"].items())
     found = record | {"config": _nested(settings), "spec": record["spec"] | {"changes": changes}}
     if "code" not in record and "carried" not in record:

@@ -22,9 +22,9 @@ from ..files import json_text, printable, user_path
 from .records import used_settings
 from .tables import judged, signed
 from ..train.checkpoint import load_run, read_config, read_history, read_hooks
-from ..train.config import TrainConfig, config_dict
+from ..train.config import TrainConfig, config_dict, dotted
 from ..train.runs import score_split
-from ..train.start import _flat, other_data_note, trained_on
+from ..train.start import other_data_note, trained_on
 
 # %% ../../nbs/lab/09_compare.ipynb #f627fd11
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def method_names(
     for own in groups:
         run = own[0]
         first = next(other[0] for other in groups if other[0].cfg.preset == run.cfg.preset)
-        old, new = (_flat(config_dict(_without_seed(r))) | r.hooks for r in (first, run))
+        old, new = (dotted(config_dict(_without_seed(r))) | r.hooks for r in (first, run))
         changed = [f"{k}={new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
         changed = changed[:MOST] + ["..."] * (len(changed) > MOST)
         name = printable(", ".join([run.cfg.preset, *changed]))
@@ -250,7 +250,7 @@ def _notes(runs, split):
         notes.append(note)
     return notes
 
-
+# %% ../../nbs/lab/09_compare.ipynb #cff0c6s2
 def compare_runs(
     runs: list,  # two or more run folders; the first one's method is the base
     split: str = "test",  # or val

@@ -19,10 +19,9 @@ from ..eval.scores import METRICS
 from ..files import expect, mask_secrets, printable, read_json
 from .compare import RunFacts, read_run, write_text
 from ..train.checkpoint import read_history
-from ..train.config import config_dict
+from ..train.config import config_dict, dotted
 from ..train.health import ROWS, label_remarks, outlier_alarm
 from ..train.history import EpochRow
-from ..train.start import _flat
 from ..viz.curves import label_curves, loss_curves, stage_seconds
 
 # %% ../../nbs/lab/10_report.ipynb #b9cdfaab
@@ -231,7 +230,7 @@ def report_html(
         _section("Epochs", table_html(_epochs(story.rows))),
         _section("Data", _pairs(facts.data)),
         _section("Made with", _pairs(made)),
-        _section("Settings", _section("all settings", _pairs(_flat(cfg) | facts.hooks), closed=True)),
+        _section("Settings", _section("all settings", _pairs(dotted(cfg) | facts.hooks), closed=True)),
     ]
     return "\n".join([*filter(None, parts), "</body></html>\n"])
 

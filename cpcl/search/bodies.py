@@ -12,7 +12,7 @@ import io
 from PIL import Image
 
 from ..core import UserError, need
-from ..data.images import _decoded, _formats
+from ..data.images import readable_formats, rgb_of
 from ..files import json_text, printable
 from .index import MAX_QUERY
 
@@ -142,9 +142,9 @@ def read_uploads(
     images, left = [], MAX_PIXELS
     for name, data in files:
         try:
-            with Image.open(io.BytesIO(data), formats=_formats()) as im:
+            with Image.open(io.BytesIO(data), formats=readable_formats()) as im:
                 left -= im.width * im.height
-                image = _decoded(im, "an upload") if left >= 0 else None
+                image = rgb_of(im) if left >= 0 else None
         except Exception:  # decoders raise almost anything
             raise UserError(f"the upload {printable(name)[:60]!r} cannot be read as an image") from None
         if image is None:

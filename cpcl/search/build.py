@@ -139,7 +139,7 @@ class _Job:
         same_size = not old.image_size or not size or tuple(old.image_size) == size
         return same_size and (old.weights, old.store) == (self.weights, self.address)
 
-
+# %% ../../nbs/search/09_build.ipynb #16acebs2
 @dataclass(frozen=True)
 class _Start:
     "What a build continues from."
@@ -337,7 +337,7 @@ def build_index(
     folder,  # of image crops, or a `Split`
     model=None,  # an `Encoder`, or what `find_source` takes; None: that of the index in `out`
     out=None,  # folder of the index, one of the same images and weights is extended; None: FOLDER-index
-    columns=None,  # CSV file or DataFrame with a column `path`
+    columns=None,  # table (CSV, TSV, Parquet) or DataFrame with a column `path`
     batch_size: int = 128,  # images per step
     workers: int = 2,  # threads that decode
     exact_rows: int = EXACT_ROWS,  # rows up to which every row is compared

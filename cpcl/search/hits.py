@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HITS_CSS', 'THUMBNAIL', 'DOCUMENT', 'BODY', 'POLICY', 'END', 'hits_csv', 'data_url', 'shown', 'hit_html',
-           'caption_html', 'rule', 'hits_kind', 'write_hits']
+           'caption_html', 'rule', 'hits_section', 'hits_kind', 'write_hits']
 
 # %% ../../nbs/search/10_hits.ipynb #7a455e96
 import base64, html, io, re
@@ -164,7 +164,11 @@ def _heading(query):
     return f"“{query}”" if isinstance(query, str) and query else "More like an image"
 
 
-def _section(name, hits, folder):
+def hits_section(
+    name: str,  # of the query; its title
+    hits,  # DataFrame of the images, best first
+    folder,  # of the images
+) -> tuple:  # HTML, a note for the reader
     "The list of one query, with its pictures, and a note."
     pictures, note = read_found(folder, hits.path, THUMBNAIL)
     columns = [c for c in hits if c not in ("query", "rank", "score", "path")]
@@ -202,7 +206,7 @@ def write_hits(
             return ""
         out.write(DOCUMENT)
         for name, hits in found.groupby("query", sort=False, dropna=False):
-            section, note = _section(name, hits, folder)
+            section, note = hits_section(name, hits, folder)
             out.write(section)
             notes.append(note)
         out.write(END if len(found) else "<p>Nothing is found.</p>" + END)

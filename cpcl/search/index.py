@@ -128,7 +128,7 @@ def build(
     folder,  # of image crops, or a `Split`
     model=None,  # an `Encoder`, a run, a published model, a file, or a name such as "tiny"; None: as before
     out=None,  # folder of the index; None: FOLDER-index
-    columns=None,  # CSV file or DataFrame with a column `path`
+    columns=None,  # table (CSV, TSV, Parquet) or DataFrame with a column `path`
     **kwargs,
 ) -> Index:  # None in the other processes if several build it together
     "Encode what is new or changed, drop what is gone (as `build_index`)."

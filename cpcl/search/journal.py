@@ -13,12 +13,12 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import UserError, atomic_path, remove_partial_files
-from ..data.images import IMAGE_SUFFIXES
+from ..data.locate import IMAGE_SUFFIXES
 from ..data.shards import image_state
 from ..data.parse import check_path
 from ..data.video import VIDEO_SUFFIXES
 from ..files import expect, json_text, parse_json, printable, user_path
-from .gallery import LeftOut, _can_be_stored, _state, scan_images
+from .gallery import LeftOut, can_be_stored, file_state, scan_images
 
 # %% ../../nbs/search/29_journal.ipynb #244021f6
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def _one_file(file):
         raise UserError(
             f"{printable(file)} is neither an image nor a video by its name: rename or convert it"
         )
-    if not _can_be_stored(file.name):
+    if not can_be_stored(file.name):
         raise UserError(f"{printable(file)} has a name that cannot be stored: rename it")
-    return [Source(file.name, file, *_state(*image_state(file)))]
+    return [Source(file.name, file, *file_state(*image_state(file)))]
 
 
 def list_sources(

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from ..core import UserError, atomic_path, progress
-from ..data.tables import DELIMITERS
+from ..data.tables import DELIMITERS, named
 from ..files import expect, json_text, parse_json, printable, user_path
-from .hits import DOCUMENT, END, _section, hits_csv
+from .hits import DOCUMENT, END, hits_section, hits_csv
 from .index import UNSEEN
 from .live import TOGETHER, Ask, answer
 
@@ -32,11 +32,6 @@ class Query(NamedTuple):
     line: int  # from 1
 
 
-def _pick(names, wanted):
-    "The first wanted name that is there, None if there is none."
-    return next((name for name in wanted if name in names), None)
-
-
 def _needs(file, names):
     "The error of a file without sentences."
     held = ", ".join(printable(n) for n in names)[:200] or "nothing"
@@ -49,9 +44,9 @@ def _from_table(lines, file):
     marks = [m for m in DELIMITERS if _names(header, m) & set(COLUMNS)]
     rows = csv.reader(itertools.chain([header], lines), delimiter=marks[0] if marks else ",")
     names = [name.strip().lower() for name in next(rows, [])]
-    if (text := _pick(names, COLUMNS)) is None:
+    if (text := named(names, COLUMNS)) is None:
         raise _needs(file, names)
-    id, last = _pick(names, IDS), rows.line_num
+    id, last = named(names, IDS), rows.line_num
     try:
         for row in rows:
             row, line, last = dict(zip(names, row)), last + 1, rows.line_num
@@ -72,7 +67,7 @@ def _from_json(lines, file):
         if not text.strip():
             continue
         row = expect(parse_json(text, file, line), dict, f"{file}, line {line}")
-        name, id = _pick(row, COLUMNS), _pick(row, IDS)
+        name, id = named(row, COLUMNS), named(row, IDS)
         if name is None:
             raise _needs(f"{file}, line {line},", row)
         given = expect(row.get(id, line), (str, int, float), f"{file}, line {line}: {id}")
@@ -162,7 +157,9 @@ def _pages(found, columns, file, folder):
     lost = ""
     file.write(DOCUMENT)
     for query, (hits, _) in found:
-        section, note = _section(query.text, _table(query, hits, columns).drop(columns="query_id"), folder)
+        section, note = hits_section(
+            query.text, _table(query, hits, columns).drop(columns="query_id"), folder
+        )
         file.write(section if hits else section + "<p>Nothing is found.</p>\n")
         lost = lost or note
     file.write(END)

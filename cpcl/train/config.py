@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'COUNTS', 'SMALL_SET', 'SMALL_COUNTS', 'SMALL', 'LEAST', 'SCHEDULES', 'PER_IMAGE', 'COUNT_NAMES',
            'OptimConfig', 'MemoryConfig', 'TrainConfig', 'loss_settings', 'setting_names', 'did_you_mean', 'override',
-           'cluster_counts', 'data_settings', 'make_config', 'config_dict', 'config_from']
+           'cluster_counts', 'data_settings', 'make_config', 'config_dict', 'dotted', 'config_from']
 
 # %% ../../nbs/80_train/00_config.ipynb #5e30b8eb
 import dataclasses, difflib, math, types, typing
@@ -327,6 +327,18 @@ def config_dict(
 ) -> dict:  # plain JSON values
     "A configuration as plain values."
     return dataclasses.asdict(cfg)
+
+
+def dotted(
+    values: dict,  # nested, of `config_dict`
+    inside: str = "",  # what the names begin with
+) -> dict:  # e.g. {"hcm.tau_p": 0.02}
+    "Nested values under dotted names, in their order."
+    names = {}
+    for name, value in values.items():
+        name = f"{inside}{name}"
+        names |= dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return names
 
 
 def config_from(

@@ -172,7 +172,7 @@ def _check(cfg, train, truth, root, trackers):
             "take another --preset"
         )
 
-
+# %% ../../nbs/80_train/04_runs.ipynb #ee3448s2
 def _counts(c):
     "The counts of a clustering in words."
     chosen = "k1, k2 and min_samples chosen in every epoch"

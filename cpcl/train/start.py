@@ -19,7 +19,7 @@ from ..encoder.weights import about, fetch, load_encoder, reading_of
 from ..files import LOCK, MARK, check_folder, claimed, digest, expect, json_text, printable
 from ..files import read_json, user_path, write_json
 from .checkpoint import complete_epochs, read_config, read_hooks
-from .config import TrainConfig, config_dict
+from .config import TrainConfig, config_dict, dotted
 from .environment import environment
 from .processes import first_here, once, same_everywhere, several
 from .schedule import Extension, extensions
@@ -91,15 +91,6 @@ def other_data_note(
     )
 
 # %% ../../nbs/80_train/11_start.ipynb #5b637a64
-def _flat(d, pre=""):
-    "Nested dict to dotted names."
-    return {
-        k2: v2
-        for k, v in d.items()
-        for k2, v2 in (_flat(v, f"{pre}{k}.") if isinstance(v, dict) else {f"{pre}{k}": v}).items()
-    }
-
-
 def _command(run):
     "How a run was started, for a message; empty if that is not known."
     try:
@@ -118,8 +109,8 @@ def _check_settings(run, cfg, hooks):
         if last.done != done:
             raise UserError(f"{run} has {done} complete epochs, and optim.extended says {last}")
         cfg = replace(cfg, optim=was.optim)
-    old = _flat(config_dict(was)) | read_hooks(run)
-    new = _flat(config_dict(cfg)) | hooks
+    old = dotted(config_dict(was)) | read_hooks(run)
+    new = dotted(config_dict(cfg)) | hooks
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if changed:
         changes = ", ".join(f"{k} was {old.get(k)}, now {new.get(k)}" for k in changed)

@@ -15,7 +15,7 @@ from accelerate.tracking import GeneralTracker, filter_trackers
 
 from ..core import UserError, need
 from ..files import expect, mask_secrets, printable, read_json, write_json
-from .config import TrainConfig, config_dict
+from .config import TrainConfig, config_dict, dotted
 from .history import TensorBoard
 
 # %% ../../nbs/80_train/17_trackers.ipynb #586f4b17
@@ -65,17 +65,8 @@ def told_settings(
 ) -> dict:  # dotted name -> number, text or None
     "The settings of a run as trackers take them."
     weights = cfg.encoder.pretrained.replace("\\", "/").rpartition("/")[2]
-    found, todo = (
-        {},
-        list(config_dict(replace(cfg, encoder=replace(cfg.encoder, pretrained=weights))).items()),
-    )
-    while todo:
-        name, value = todo.pop(0)
-        if isinstance(value, dict):
-            todo = [(f"{name}.{k}", v) for k, v in value.items()] + todo
-        else:
-            found[name] = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-    return found
+    named = dotted(config_dict(replace(cfg, encoder=replace(cfg.encoder, pretrained=weights))))
+    return {k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in named.items()}
 
 # %% ../../nbs/80_train/17_trackers.ipynb #7d77ce0b
 class Guarded:
