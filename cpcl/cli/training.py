@@ -63,7 +63,7 @@ class Train:
     The paper's run: cpcl train --data cuhk-pedes --root DIR --model ViT-B-16-quickgelu --pretrained openai"""
 
     data: DataName = "auto"  # which data set is in --root; auto: recognise it
-    root: str = ""  # folder of the data set; empty: the sample set
+    root: str = ""  # the data set: a folder, a table or shards; empty: the sample set
     preset: PresetName = "cpcl"  # the method
     model: str = "tiny"  # tiny, or an open_clip name such as ViT-B-16-quickgelu
     # weights to start from: an open_clip tag such as openai, or a file; empty: those of the tiny CLIP;
