@@ -101,6 +101,11 @@ EXPECTED = {
     "hcm.chm": 0.0,
     "hcm.margin": 0.3,
     "hcm.chm_reduce": "mean",
+    "hcm.gate": 0.0,  # parts of follow-ups, off
+    "hcm.gate_weight": 0.1,
+    "hcm.gate_by": "both",
+    "hcm.near": 0.0,
+    "hcm.soft": 0.0,
 }
 ONE_CAPTION = {"labels.image.k1": 30, "labels.image.k2": 6, "labels.image.min_samples": 4}
 BY_SET = {"cuhk-pedes": {}, "icfg-pedes": ONE_CAPTION, "rstpreid": {}}
