@@ -205,7 +205,7 @@ class Exchange:
         if not self.started:
             await _reply(self.send, refused)
 
-
+# %% ../../nbs/search/14_gate.ipynb #fac36283
 async def _reply(send, refused):
     "Send the answer of the gate itself."
     body = refused.text.encode()
