@@ -130,6 +130,28 @@ def _encoder(
     pretrained = "" if pretrained == "none" else str(user_path(pretrained))
     return EncoderConfig(flags.model, pretrained, *given_size(flags))
 
+# %% ../../nbs/cli/01_training.ipynb #734cb56d
+def _check_warmup(run, extend, of_file, of_flag):
+    "Raises UserError for a warm-up (None: not asked for) that an extended run would not have."
+    from cpcl.core import UserError
+    from cpcl.train import read_config
+    from cpcl.train.schedule import planned_epochs
+    from cpcl.train.start import is_run
+
+    asked = of_file if of_flag is None else of_flag
+    if asked is None or not is_run(run):
+        return
+    was = read_config(run).optim
+    try:
+        meant = {float(asked)}
+    except (TypeError, ValueError):  # no number: refused as any other setting
+        return
+    if of_flag is None:
+        meant.add(min(float(asked), planned_epochs(was) / 2))  # as --epochs limited it at first
+    if (extend or was.extended) and was.warmup not in meant:
+        kept = f"an extended run keeps its warm-up, here {was.warmup:g} epochs"
+        raise UserError(f"{kept}: leave out optim.warmup={float(asked):g}")
+
 # %% ../../nbs/cli/01_training.ipynb #9ed61e50
 @patch
 def run(self: Train) -> int:  # exit status
@@ -147,6 +169,10 @@ def run(self: Train) -> int:  # exit status
     usual = "tiny" if self.model == "tiny" else "paper"
     _, given = file_values(self)
     flags = self.epochs, self.batch_size, self.lr, self.set, self.model, given.get("optim.warmup")
+    extend = "" if self.extend == "no" else self.extend
+    if self.resume:
+        of_flag = flag_settings(more=self.set).get("optim.warmup")
+        _check_warmup(out, extend, given.get("optim.warmup"), of_flag)
     result = train_run(
         root,
         out,
@@ -160,7 +186,7 @@ def run(self: Train) -> int:  # exit status
         workers=number_or("auto", self.workers, "--workers"),
         cache=self.cache,
         trackers=self.log,
-        extend="" if self.extend == "no" else self.extend,
+        extend=extend,
         **own,
     )
     if result:
