@@ -17,17 +17,8 @@ from ..core import UserError, repo_root
 from ..data import load_person, load_split
 from .code import read_modules
 from .demo import sample_set
-from cpcl.lab.grid import (
-    _wanted,
-    bench_set,
-    cores,
-    look_up,
-    missing_runs,
-    run_all,
-    run_folder,
-    run_missing,
-    scored,
-)
+from .grid import bench_set, cores, look_up, missing_runs, run_all, run_folder
+from .grid import run_missing, scored, wanted_runs
 from .records import Spec, add_record, by_device, fingerprint, read_records
 from ..encoder import EncoderConfig
 from ..train.environment import device_name
@@ -239,7 +230,7 @@ def jobs_of(
             root = Path(grid.root()).resolve()
             sets[grid.name] = root, fingerprint(root)
         root, data = sets[grid.name]
-        wanted = _wanted(grid.specs, root, grid.schedule, encoder, modules)
+        wanted = wanted_runs(grid.specs, root, grid.schedule, encoder, modules)
         records = [r for r in read_records(grid.records_file) if not (again and _is_doubtful(r))]
         held = look_up(wanted, records, data)
         lacking, beside = missing_runs(wanted, held, device, grid.base)
