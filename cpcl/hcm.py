@@ -76,6 +76,7 @@ class Batch:
     weight: torch.Tensor | None = None  # `[B]` floats, confidence of the pair's labels, 0 or more
     near: Near | None = None  # neighbours of the pairs in a memory bank, for `HCMConfig.near`
     teacher: tuple | None = None  # (img `[B, D]`, txt `[B, D]`) of a teacher, for `HCMConfig.soft`
+    second: "Batch | None" = None  # a second view of the same pairs, which the loss sees as well (DGCMIA)
 
 
 @dataclass(frozen=True)
