@@ -19,6 +19,7 @@ from ..core import UserError, atomic_path, default_device, peak_memory
 from ..files import expect, json_text, parse_json, printable, read_json, read_text
 from ..data.read import has_split, load_split
 from ..eval.scores import QueryScores
+from ..hcm import HCMConfig
 from .carry import carry_over
 from ..oplm import OPLMConfig
 from ..train import load_run, read_config, read_history, score_split
@@ -136,12 +137,19 @@ def used_settings(
         return cfg
     labels, hcm, memory, usual = cfg.labels, cfg.hcm, cfg.memory, LabelConfig()
     if labels.source not in ("clusters", "image"):
-        unread = {name: getattr(usual, name) for name in ("image", "caption", "unit", "fuse", "oplm")}
-        labels = replace(labels, **unread)
+        names = ("image", "caption", "unit", "fuse", "oplm", "confidence")
+        labels = replace(labels, **{name: getattr(usual, name) for name in names})
+    if labels.source == "none":
+        labels = replace(labels, outliers=usual.outliers)
     if labels.oplm.stages == "none":
         labels = replace(labels, oplm=OPLMConfig(stages="none"))
     if hcm.pcm == "none" or not hcm.lam:
-        hcm, memory = replace(hcm, pcm="none", lam=0.0, tau_p=1.0), MemoryConfig()
+        hcm = replace(hcm, pcm="none", lam=0.0, tau_p=1.0)
+        memory = MemoryConfig(teacher=memory.teacher, neighbours=memory.neighbours, least=memory.least)
+    if not hcm.near:
+        memory = replace(memory, neighbours=MemoryConfig().neighbours, least=MemoryConfig().least)
+    if not hcm.gate:
+        hcm = replace(hcm, gate_weight=HCMConfig().gate_weight, gate_by=HCMConfig().gate_by)
     return replace(cfg, labels=labels, hcm=hcm, memory=memory)
 
 
