@@ -63,6 +63,7 @@ def test_a_run_with_parts_resumes_with_the_same_bits(split, tmp_path, changes, p
     assert all(torch.isfinite(torch.tensor(row.steps.terms["loss"])) for row in history)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_does_something(split, plain, tmp_path, part):
     changed, history = trained(split, tmp_path / "run", PARTS[part])
