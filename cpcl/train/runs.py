@@ -6,7 +6,7 @@
 __all__ = ['score_split', 'identity_calls', 'score_run', 'RunResult', 'train_run']
 
 # %% ../../nbs/80_train/04_runs.ipynb #6db29d19
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ..core import UserError, default_device, need, progress
 from ..data.images import PixelCache
@@ -122,7 +122,10 @@ def train_run(
     first = accelerator.is_main_process
     check_compiler(cfg.optim, accelerator.device)
     data = data_facts(train, **held_out)
-    names, cfg = hook_names(cfg, loss, labels), once(lambda: _continued(run, cfg, resume, extend))
+    names, grown = hook_names(cfg, loss, labels), once(lambda: _continued(run, cfg, resume, extend).optim)
+    if grown.extended:  # nothing else comes from the first process: what differs is found in `fit`
+        longer = replace(cfg.optim, extended=grown.extended, warmup=grown.warmup)
+        cfg = replace(cfg, optim=longer)
     once(lambda: check_run(run, cfg, data | dict(weights=weights_of(cfg.encoder)), resume, names))
     caches = {s: _cache(split, cfg.encoder, cache) for s, split in (held_out | {"train": train}).items()}
     if first:
