@@ -1243,7 +1243,7 @@ CASES = [
 
 @pytest.mark.slow
 def test_every_name_of_a_model_is_built_or_refused_in_one_line(monkeypatch, promise):
-    "All names that open_clip lists, and names that it would fetch: nothing asks the network."
+    "All names that open_clip lists, and names that it would fetch, without a hub: nothing asks the network."
     import open_clip, socket
 
     from cpcl.core import UserError
@@ -1253,6 +1253,7 @@ def test_every_name_of_a_model_is_built_or_refused_in_one_line(monkeypatch, prom
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", asked)
+    monkeypatch.setattr("cpcl.encoder.fetching.hub_answers", lambda: False)
     strange = [
         "hf-hub:laion/CLIP-ViT-B-32",
         "local-dir:/tmp",
@@ -1280,6 +1281,31 @@ def test_every_name_of_a_model_is_built_or_refused_in_one_line(monkeypatch, prom
         except UserError as e:
             assert "\n" not in str(e) and len(str(e)) < 500 and str(e).isprintable()
     assert 30 <= built < len(names)
+
+
+def test_without_a_hub_nobody_waits(monkeypatch):
+    "The hub's client would pause for half a minute and more, and say so in many lines, before the one line."
+    import importlib.util, time
+
+    from cpcl.core import UserError
+    from cpcl.encoder import EncoderConfig, fetching
+    from cpcl.encoder.weights import fetch
+    from cpcl.encoder.words import words_of
+
+    class Deaf:
+        def head(self, url, timeout):
+            raise ConnectionError("nobody is there")
+
+    waited = []
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Deaf)
+    monkeypatch.setitem(fetching._last, "asked", float("-inf"))
+    monkeypatch.setattr(time, "sleep", waited.append)
+    with pytest.raises(UserError, match="could not fetch ViT-B-16 / openai"):
+        fetch(EncoderConfig("ViT-B-16", "openai"))
+    if importlib.util.find_spec("transformers"):
+        with pytest.raises(UserError, match="tokenizer of timm/ViT-B-16-SigLIP2-256"):
+            words_of("ViT-B-16-SigLIP2-256")
+    assert not waited
 
 
 @pytest.mark.parametrize("group, case", CASES)

@@ -109,7 +109,8 @@ def test_paper_size_one_step_and_a_clustering():
     from cpcl.encoder.weights import load_encoder
     from cpcl.hcm import Batch, hcm_loss
     from cpcl.data.tokens import tokenize
-    from cpcl.train.epoch import build_memories, build_optimizer, set_learning_rate
+    from cpcl.train.epoch import build_optimizer, set_learning_rate
+    from cpcl.train.memories import build_memories
     from cpcl.train.labels import Features, Labels
 
     torch.manual_seed(0)

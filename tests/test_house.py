@@ -12,7 +12,9 @@ MODULES = sorted(
     m.name for m in pkgutil.walk_packages(cpcl.__path__, "cpcl.") if not m.name.split(".")[-1].startswith("_")
 )
 PACKAGES = ["cpcl", *(m.name for m in pkgutil.iter_modules(cpcl.__path__, "cpcl.") if m.ispkg)]
-ORDER = "core files viz synth data encoder cluster oplm pmm losses hcm eval train hub search lab cli".split()
+ORDER = (
+    "core files viz synth data encoder cluster oplm pmm losses near hcm eval train hub search lab cli".split()
+)
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
@@ -265,5 +267,5 @@ def test_true_identities_stay_in_their_rooms():
         names, strings = person_in(path.read_text(encoding="utf8"))
         assert not names or rooms & set(MAY_NAME_PEOPLE), f"{path.relative_to(ROOT)} names {names}"
         assert not strings or rooms & set(MAY_SAY_PERSON), f"{path.relative_to(ROOT)} says {strings}"
-    labels_only = {"cluster", "oplm", "pmm", "losses", "hcm"}
+    labels_only = {"cluster", "oplm", "pmm", "losses", "near", "hcm"}
     assert not labels_only & {room.split(".")[0] for room in MAY_SAY_PERSON}

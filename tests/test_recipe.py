@@ -67,10 +67,13 @@ EXPECTED = {
     "augment.erase_area": (0.02, 0.4),
     "augment.erase_value": "mean",
     "augment.mask": 0.15,
+    "augment.second": 0.0,
     "labels.source": "clusters",
     "labels.unit": "image",
     "labels.fuse": 0.0,
     "labels.captions_per_cluster": 1,
+    "labels.confidence": False,
+    "labels.outliers": "keep",
     "labels.image.k1": 15,
     "labels.image.k2": 3,
     "labels.image.eps": 0.6,
@@ -88,6 +91,12 @@ EXPECTED = {
     "labels.oplm.support": 1,
     "memory.mu": 0.1,
     "memory.refresh": True,
+    "memory.mu_end": None,
+    "memory.hard": False,
+    "memory.shared": False,
+    "memory.teacher": 0.0,
+    "memory.neighbours": 3,
+    "memory.least": 0.7,
     "hcm.tau_p": 0.02,
     "hcm.tau_i": 0.02,
     "hcm.tau_itc": 0.02,
@@ -101,6 +110,11 @@ EXPECTED = {
     "hcm.chm": 0.0,
     "hcm.margin": 0.3,
     "hcm.chm_reduce": "mean",
+    "hcm.gate": 0.0,  # parts of follow-ups, off
+    "hcm.gate_weight": 0.1,
+    "hcm.gate_by": "both",
+    "hcm.near": 0.0,
+    "hcm.soft": 0.0,
 }
 ONE_CAPTION = {"labels.image.k1": 30, "labels.image.k2": 6, "labels.image.min_samples": 4}
 BY_SET = {"cuhk-pedes": {}, "icfg-pedes": ONE_CAPTION, "rstpreid": {}}
@@ -117,6 +131,14 @@ BY_PRESET = {
         "hcm.chm": 1.0,
         "hcm.chm_reduce": "sum",
     },
+    "dgcmia": {
+        "labels.source": "none",
+        "hcm.pcm": "none",
+        "hcm.gate": 0.7,
+        "hcm.near": 1.0,
+        "augment.second": 0.5,
+    },
+    "clpc": {"labels.outliers": "leave", "memory.teacher": 0.995, "hcm.soft": 0.9},
     "supervised": {"labels.source": "person", "labels.oplm.stages": "none"},
 }
 REAL = EncoderConfig("ViT-B-16-quickgelu", "openai")
@@ -179,7 +201,8 @@ def test_supervised_is_cpcl_with_other_labels(schedule, data):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_presets_of_a_schedule_share_their_budget(preset, schedule):
-    config, cpcl = (make_config(name, schedule) for name in (preset, "cpcl"))
+    one_view = {"augment.second": 0}  # the second view is DGCMIA's method
+    config, cpcl = (make_config(name, schedule, changes=one_view) for name in (preset, "cpcl"))
     for part in ("seed", "encoder", "optim", "augment"):
         assert getattr(config, part) == getattr(cpcl, part), part
 

@@ -26,9 +26,10 @@ from .comparing import Compare, Report
 from .cropping import Crop
 from .flags import over_file
 from .files import Convert, Doctor, Export, Pretrain, Synth
+from .scoring import Eval
 from .searching import App, Index, Search, Serve
 from .settings import Settings
-from .training import Ablate, Demo, Eval, Train
+from .training import Ablate, Demo, Train
 
 # %% ../../nbs/cli/04_program.ipynb #813cedb9
 COMMANDS = {
@@ -57,7 +58,7 @@ Also: cpcl --version [--verbose], cpcl --tyro-print-completion bash|zsh.
 Read from the environment: CPCL_PASSWORD, CPCL_HOSTS (the page), CPCL_TOKEN (the service),
 CPCL_MILVUS_TOKEN (a server)."""
 
-
+# %% ../../nbs/cli/04_program.ipynb #54ea512e
 @contextlib.contextmanager
 def _terminal(columns):
     "While this lasts, tyro takes the terminal to have so many columns (None: as it is)."

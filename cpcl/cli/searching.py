@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
+from .._patch import patch
 
 from .flags import Range, Repeated, check_ranges, flat, size_of
 
@@ -40,39 +41,41 @@ class Index:
     store: str = ""
     device: str = ""  # that encodes: cuda, cuda:1, mps or cpu; empty: the fastest of this machine
 
-    def run(self) -> int:  # exit status
-        "Build it and say what to do next."
-        check_ranges(self)
-        from cpcl.core import UserError
-        from cpcl.files import printable, user_path
-        from cpcl.search.build import build_index, usual_out
-        from cpcl.train.processes import launched, start_processes
+# %% ../../nbs/cli/03_searching.ipynb #e2c96afd
+@patch
+def run(self: Index) -> int:  # exit status
+    "Build it and say what to do next."
+    check_ranges(self)
+    from cpcl.core import UserError
+    from cpcl.files import printable, user_path
+    from cpcl.search.build import build_index, usual_out
+    from cpcl.train.processes import launched, start_processes
 
-        if self.encoder and (self.model or self.pretrained or self.size):
-            raise UserError("give --run or --model, not both: a run has weights and an image size of its own")
-        out = self.out or str(usual_out(self.folder))
+    if self.encoder and (self.model or self.pretrained or self.size):
+        raise UserError("give --run or --model, not both: a run has weights and an image size of its own")
+    out = self.out or str(usual_out(self.folder))
 
-        if together := launched():
-            start_processes()
-        made = build_index(
-            self.folder,
-            user_path(self.encoder) if self.encoder else self.model or None,
-            out,
-            self.columns or None,
-            self.batch_size,
-            self.workers,
-            store=self.store,
-            device=self.device,
-            together=together,
-            pretrained=self.pretrained,
-            size=size_of(self.size),
-        )
-        if not made:  # another process than the first
-            return 0
-        place = printable(shlex.quote(out))
-        print(f'next: cpcl search {place} "a woman in a red coat with a black backpack"')
-        print(f"      cpcl app {place}")
+    if together := launched():
+        start_processes()
+    made = build_index(
+        self.folder,
+        user_path(self.encoder) if self.encoder else self.model or None,
+        out,
+        self.columns or None,
+        self.batch_size,
+        self.workers,
+        store=self.store,
+        device=self.device,
+        together=together,
+        pretrained=self.pretrained,
+        size=size_of(self.size),
+    )
+    if not made:  # another process than the first
         return 0
+    place = printable(shlex.quote(out))
+    print(f'next: cpcl search {place} "a woman in a red coat with a black backpack"')
+    print(f"      cpcl app {place}")
+    return 0
 
 # %% ../../nbs/cli/03_searching.ipynb #fe61e59e
 def _filters(given, has=lambda column, text: False):

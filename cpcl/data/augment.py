@@ -39,9 +39,11 @@ class AugmentConfig:
     # what erased pixels are after normalising: 0, or CLIP's mean (published)
     erase_value: Literal["zero", "mean"] = "zero"
     mask: float = 0.0  # probability that a token of the caption is masked (published: 0.15)
+    # the same in a second view of the pair, which every loss sees as well (DGCMIA: 0.5); 0: one view
+    second: float = 0.0
 
     def __post_init__(self):
-        for n in ("flip", "erase", "mask"):
+        for n in ("flip", "erase", "mask", "second"):
             if not 0 <= getattr(self, n) <= 1:
                 raise UserError(f"{n} must be a probability in 0..1, got {getattr(self, n)}")
         if not 0 <= self.pad <= 192:

@@ -15,7 +15,7 @@ from ..files import short
 
 # %% ../../nbs/10_data/14_boxes.ipynb #beb01b7f
 class Box(NamedTuple):
-    "A rectangle in an image, in pixels from the upper left corner; right and bottom are the first outside."
+    "A rectangle in an image, in pixels from the upper left corner. Right and bottom are outside."
 
     left: float
     top: float

@@ -183,7 +183,7 @@ def _not_read(path, error):
     why = str(error).splitlines()[0] if str(error) else type(error).__name__
     return _DAMAGED.replace(":", f" ({printable(why.replace(str(path), 'it'))}):")
 
-
+# %% ../../nbs/10_data/02_images.ipynb #d05d4173
 def read_image(
     path,  # an image file, which may be in a tar archive: shard.tar/0001.jpg
 ) -> Image.Image:  # upright, RGB, 8 bits, first frame

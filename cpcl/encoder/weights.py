@@ -15,6 +15,7 @@ import torch
 
 import cpcl
 from ..core import UserError, atomic_path, load_open_clip, repo_root
+from .fetching import hub_or_cache
 from ..data.images import USUAL_FILTER, check_filter
 from .lora import merged_weights
 from .models import PEDESTRIAN, configuration, input_size, is_plain, resize_positions
@@ -172,7 +173,8 @@ def fetch(
         wanted = short(os.fspath(file))
         raise UserError(f"no file and no tag {wanted} for {cfg.model}, its tags: {tags}")
     try:
-        return Path(download_pretrained(source))
+        with hub_or_cache():
+            return Path(download_pretrained(source))
     except Exception as e:
         where = source.get("hf_hub") or source.get("url")
         what = f"{cfg.model} / {cfg.pretrained} from {where} ({type(e).__name__})"

@@ -11,6 +11,7 @@ import functools, os
 import torch
 
 from ..core import UserError, load_open_clip, need
+from .fetching import hub_or_cache
 from ..data.augment import CLIP_VOCABULARY, Vocabulary
 from ..data.tokens import cut_note, has_control_words, tokenize, unseen_text
 from .models import configuration
@@ -144,7 +145,8 @@ def _hub_words(model, text):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     need("transformers", "hf")
     try:
-        return HubWords(open_clip.get_tokenizer(model), repo)
+        with hub_or_cache():
+            return HubWords(open_clip.get_tokenizer(model), repo)
     except Exception as e:  # of the network, of the hub, of a package that reads the file
         why = next(iter(str(e).strip().splitlines()), "") or type(e).__name__
         remedy = f"run `hf download {repo}` where there is a connection, or choose another model"

@@ -231,12 +231,13 @@ class Comparison:
         what = f"{self.split.name}, {self.split.split} split, {len(self.split.captions):,} queries, "
         lines = [f"{what}{self.people:,} people", as_table(self.numbers).to_string()]
         verdicts = set(self.numbers.verdict) - {""}
-        about = "95 % intervals over people and seeds"
+        about = ["95 % intervals over people and seeds"]
         if verdicts - {"one seed"}:
-            about += "; better, worse: the interval of the difference does not contain zero, open: it does"
+            about.append("better, worse: the interval of the difference does not contain zero, open: it does")
         if self.numbers.low.isna().any():
-            about += "; one seed: no interval, train other seeds with --seed"
-        return "\n".join([printable(lines[0]), *lines[1:], about, *(f"note: {n}" for n in self.notes)])
+            about.append("one seed: no interval, train other seeds with --seed")
+        lines += ["; ".join(about), *(f"note: {n}" for n in self.notes)]
+        return "\n".join([printable(lines[0]), *lines[1:]])
 
 
 def _notes(runs, split):

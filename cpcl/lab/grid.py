@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCH', 'NO_BARS', 'ONE_THREAD', 'bench_set', 'run_one', 'run_all', 'end_with', 'Wanted', 'look_up', 'missing_runs',
-           'run_folder', 'scored', 'run_missing']
+           'wanted_runs', 'run_folder', 'scored', 'run_missing']
 
 # %% ../../nbs/lab/04_grid.ipynb #a6d818e1
 import hashlib, os, shutil, threading, time
@@ -80,6 +80,7 @@ def run_all(
     runs: list,  # (Spec, root, run folder, code, schedule) each, as `run_one` takes them
     jobs: int = 0,  # at once; 0: one per core, a single one on a GPU
     keep_going: bool = False,  # give the error of a run in place of its record, and go on
+    task=None,  # what is called for each run, a function of a module; `run_one` if not given
     **kwargs,  # further arguments of `train_run`
 ):  # an iterator over their records, in the order in which they finish
     "Train runs in processes of their own, all cores busy. They end when this one does."
@@ -89,7 +90,7 @@ def run_all(
     with mock.patch.dict(os.environ, NO_BARS if gpu else NO_BARS | ONE_THREAD):
         setup = dict(mp_context=get_context("spawn"), initializer=here.end_with, initargs=(os.getpid(),))
         with ProcessPoolExecutor(max(1, jobs), **setup) as pool:
-            futures = [pool.submit(here.run_one, *run, **kwargs) for run in runs]
+            futures = [pool.submit(task or here.run_one, *run, **kwargs) for run in runs]
             try:
                 yield from (_outcome(f, keep_going) for f in as_completed(futures))
             finally:
@@ -227,7 +228,13 @@ def _missing_error(lacking, beside, found, device, file, total):
         )
 
 # %% ../../nbs/lab/04_grid.ipynb #8fd6fe82
-def _wanted(specs, root, schedule, encoder, modules=None):
+def wanted_runs(
+    specs: list,  # of Spec
+    root,  # data set to train on
+    schedule: str,  # a key of SCHEDULES
+    encoder: EncoderConfig,  # towers and weights of every run
+    modules: dict = None,  # from `read_modules`; read from the disk if not given
+) -> list:  # of Wanted
     "Specs with the settings and the code that they come to."
     name, train, modules = detect(root), load_split(root, split="train"), modules or read_modules()
     sizes = dict(images=len(train.images), captions=len(train.captions))
@@ -284,7 +291,7 @@ def run_missing(
     "The records of a grid. Raises UserError if one is missing, unless CPCL_RUN=1 has it trained."
     file, root = Path(file), Path(root).resolve()
     data, device = fingerprint(root), device_name()
-    wanted = _wanted(specs, root, schedule, encoder)
+    wanted = wanted_runs(specs, root, schedule, encoder)
     found = look_up(wanted, read_records(file), data)
     lacking, beside = missing_runs(wanted, found, device, base)
     if line := _stale_line(found, wanted):

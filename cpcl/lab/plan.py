@@ -6,7 +6,7 @@
 __all__ = ['LONG', 'NO_MINING', 'ANY_ONE', 'PARTS', 'NAMES', 'BASELINES', 'SECOND_SET', 'MEMORY', 'MATCHING', 'PAIR',
            'CLUSTERING', 'MINING', 'BEYOND', 'TEMPERATURE', 'SUPPORT', 'PARTS_LONG', 'BASELINES_LONG', 'DEFAULTS_LONG',
            'OLD_BOUND', 'CALIBRATION', 'OLD_CAPTIONS', 'OLD_CPCL', 'FIRST_LOOK', 'PLAN', 'GUESS', 'Grid', 'long', 'Job',
-           'jobs_of', 'seconds_per_epoch', 'left_line', 'work_off', 'main']
+           'jobs_of', 'seconds_per_epoch', 'left_line', 'work_off', 'named_grids', 'main']
 
 # %% ../../nbs/lab/08_plan.ipynb #3fb0973d
 import itertools, statistics, sys, time
@@ -17,17 +17,8 @@ from ..core import UserError, repo_root
 from ..data import load_person, load_split
 from .code import read_modules
 from .demo import sample_set
-from cpcl.lab.grid import (
-    _wanted,
-    bench_set,
-    cores,
-    look_up,
-    missing_runs,
-    run_all,
-    run_folder,
-    run_missing,
-    scored,
-)
+from .grid import bench_set, cores, look_up, missing_runs, run_all, run_folder
+from .grid import run_missing, scored, wanted_runs
 from .records import Spec, add_record, by_device, fingerprint, read_records
 from ..encoder import EncoderConfig
 from ..train.environment import device_name
@@ -239,7 +230,7 @@ def jobs_of(
             root = Path(grid.root()).resolve()
             sets[grid.name] = root, fingerprint(root)
         root, data = sets[grid.name]
-        wanted = _wanted(grid.specs, root, grid.schedule, encoder, modules)
+        wanted = wanted_runs(grid.specs, root, grid.schedule, encoder, modules)
         records = [r for r in read_records(grid.records_file) if not (again and _is_doubtful(r))]
         held = look_up(wanted, records, data)
         lacking, beside = missing_runs(wanted, held, device, grid.base)
@@ -329,20 +320,33 @@ def _pace(grids):
     return seconds_per_epoch([*itertools.chain(*map(read_records, files))], device_name())
 
 # %% ../../nbs/lab/08_plan.ipynb #6102e6bb
+def named_grids(
+    names: list,  # e.g. ["baselines", "parts_long"]; empty: the plan
+) -> tuple:  # of Grid
+    "Grids of this module by name. Raises UserError for a name that is none."
+    known = {name.lower(): grid for name, grid in globals().items() if isinstance(grid, Grid)}
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"no grid {unknown[0]!r}, there are: {', '.join(sorted(known))}")
+    return tuple(known[name] for name in names) or PLAN
+
+
 def main():
-    "Work off the plan, or say what is left of it."
-    words = set(sys.argv[1:])
-    if words - {"--list", "--again"}:
+    "Work off the plan or some of its grids, or say what is left."
+    words = sys.argv[1:]
+    flags = {word for word in words if word.startswith("-")}
+    if flags - {"--list", "--again"}:
         sys.exit(
-            "python -m cpcl.lab.plan [--list] [--again]: make every run the ablations need, or count them"
+            "python -m cpcl.lab.plan [--list] [--again] [GRID ...]: make every run that the ablations need, "
+            "or those of some grids (baselines, parts, ...), or count them"
         )
     try:
-        left = work_off(only_list="--list" in words, again="--again" in words)
+        grids = named_grids([word for word in words if word not in flags])
+        left = work_off(grids, only_list="--list" in flags, again="--again" in flags)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(1 if left and "--list" not in words else 0)
+    sys.exit(1 if left and "--list" not in flags else 0)
 
 
 if __name__ == "__main__" and "__file__" in globals():

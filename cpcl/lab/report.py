@@ -18,6 +18,7 @@ from ..core import UserError
 from ..eval.scores import METRICS
 from ..files import expect, mask_secrets, printable, read_json
 from .compare import RunFacts, read_run, write_text
+from ..search.hits import POLICY, SEPARATOR, rule
 from ..train.checkpoint import read_history
 from ..train.config import config_dict, dotted
 from ..train.health import ROWS, label_remarks, outlier_alarm
@@ -84,10 +85,15 @@ def remarks(
     return sorted(found, key=lambda r: r[0])
 
 # %% ../../nbs/lab/10_report.ipynb #0b379ef0
+def _address(kind):
+    "How the address of an image begins that is in the page itself."
+    return SEPARATOR.join((f"data:image/{kind}", "base64,"))
+
+
 def _image(data, kind, about):
     "An image as a part of the page."
     inside = base64.b64encode(data).decode()
-    return f'<img alt="{html.escape(about)}" src="data:image/{kind};base64,{inside}">'
+    return f'<img alt="{html.escape(about)}" src="{_address(kind)}{inside}">'
 
 
 def figure_html(
@@ -149,33 +155,50 @@ def _pairs(values):
     return table_html(pd.DataFrame({"": {k: _text(v) for k, v in values.items()}}))
 
 # %% ../../nbs/lab/10_report.ipynb #6eea102b
-_RULE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-img { max-width: 100%; height: auto; display: block; margin: 1rem 0; background: #fff; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; }
-th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: nowrap; }
-.alarm { background: #fff3d6; color: #000; padding: .5rem 1rem; border-left: 4px solid #de8f05; }
-summary { cursor: pointer; font-weight: 600; }
-@media (prefers-color-scheme: dark) { body { background: #16181c; color: #e8e8e8; }
-  th, td { border-color: #444; } }
-"""
+_PADDING = ".2rem .8rem .2rem 0"
+_DARK = rule("body", background="#16181c", color="#e8e8e8") + rule("th, td", border_color="#444")
+_STYLE = "\n".join(
+    (
+        rule("body", font="16px/1.5 system-ui, sans-serif"),
+        rule("body", max_width="62rem", margin="2rem auto", padding="0 1rem"),
+        rule("h1, h2", line_height=1.2),
+        rule("h2", margin_top="2.5rem"),
+        rule("img", max_width="100%", height="auto", display="block", margin="1rem 0", background="#fff"),
+        rule(".wide", overflow_x="auto"),
+        rule("table", border_collapse="collapse", font_size="14px"),
+        rule(
+            "th, td",
+            text_align="left",
+            padding=_PADDING,
+            border_bottom="1px solid #ddd",
+            white_space="nowrap",
+        ),
+        rule(
+            ".alarm",
+            background="#fff3d6",
+            color="#000",
+            padding=".5rem 1rem",
+            border_left="4px solid #de8f05",
+        ),
+        rule("summary", cursor="pointer", font_weight=600),
+        f"@media (prefers-color-scheme: dark) {{{_DARK}}}",
+    )
+)
 
-
+# %% ../../nbs/lab/10_report.ipynb #fbe89d5f
 def _head(title):
     "Everything before the first section."
     title = html.escape(title)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_RULE}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><h1>{title}</h1>"
     )
 
 
 def _section(title, *parts, closed=False):
-    "A part of the page with a title; closed: shown after a click."
+    "A part of the page with a title, shown after a click if it is closed."
     inside, title = "\n".join(parts), html.escape(title)
     if closed:
         return f"<details><summary>{title}</summary>\n{inside}\n</details>"

@@ -67,7 +67,7 @@ def _ahead(read, items, workers):
 
 
 def _photos(sources, workers, unread):
-    "Yield (source, `Frame`) of every photograph that can be read; the others go to `unread` with a message."
+    "Yield (source, `Frame`) of every photograph that can be read. Why others cannot goes to `unread`."
 
     def _read(source):
         try:
@@ -92,7 +92,7 @@ def _film(source, known, every, log, unread):
 
 
 def _batches(items, n):
-    "Lists of n items; the last one may be shorter."
+    "Lists of n items, of which the last one may be shorter."
     items = iter(items)
     while batch := list(islice(items, n)):
         yield batch

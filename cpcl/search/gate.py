@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROUTES', 'KEPT', 'STREAM', 'MAX_BODY', 'OTHER_BODY', 'SHARE', 'SEPARATOR', 'POLICY', 'SECURITY', 'WAIT_SECONDS',
-           'FORWARDED', 'DROPPED', 'fields', 'Refused', 'cookies', 'Gate']
+           'FORWARDED', 'DROPPED', 'fields', 'Refused', 'read_headers', 'cookies', 'Gate', 'Exchange']
 
 # %% ../../nbs/search/14_gate.ipynb #1367e3a9
 import asyncio, re
@@ -65,8 +65,10 @@ class Refused(Exception):
         self.headers = [("content-type", fields(kind, "charset=utf-8")), *headers]
 
 
-def _headers(scope):
-    "Lower-case name -> value. Raises Refused if a header that counts is there twice."
+def read_headers(
+    scope: dict,  # ASGI's, of a request
+) -> dict:  # lower-case name -> value
+    "The headers of a request. Raises Refused if one that counts is there twice."
     names = [name.decode("latin1").lower() for name, _ in scope["headers"]]
     if names.count("host") != 1 or names.count("origin") > 1 or names.count("content-length") > 1:
         raise Refused(400, "one Host, please")
@@ -150,10 +152,16 @@ def _size_allowed(self: Gate, scope, headers):
 WAIT_SECONDS = 60  # for the next part of a request, and for somebody to read a part of an answer
 
 
-class _Exchange:
+class Exchange:
     "A request and its answer: `receive` and `send` as the page gets them."
 
-    def __init__(self, path, most, receive, send):
+    def __init__(
+        self,
+        path: str,  # that is asked for
+        most: int,  # bytes of the request
+        receive,  # ASGI's
+        send,  # ASGI's
+    ):
         self.path, self.most, self._receive, self._send = path, most, receive, send
         self.got, self.complete, self.started, self.refused, self.cookie = 0, False, False, None, ""
 
@@ -188,13 +196,16 @@ class _Exchange:
         except asyncio.TimeoutError:
             raise Refused(408, "nobody reads the answer") from None
 
-    async def end(self, refused):
+    async def end(
+        self,
+        refused: Refused,  # the answer
+    ):
         "Answer for the page, unless it has started to."
         self.refused = None
         if not self.started:
             await _reply(self.send, refused)
 
-
+# %% ../../nbs/search/14_gate.ipynb #fac36283
 async def _reply(send, refused):
     "Send the answer of the gate itself."
     body = refused.text.encode()
@@ -240,9 +251,9 @@ async def _pass(self: Gate, scope, receive, send, client):
 @patch
 async def _http(self: Gate, scope, receive, send):
     "Answer a request."
-    exchange = _Exchange(scope["path"], 0, receive, send)
+    exchange = Exchange(scope["path"], 0, receive, send)
     try:
-        headers = _headers(scope)
+        headers = read_headers(scope)
         self._check(scope, headers)
         exchange.most = self._size_allowed(scope, headers)
         if scope["path"] == "/login" and scope["method"] == "POST":

@@ -19,7 +19,7 @@ from PIL import Image
 from ..core import UserError, unit
 from ..files import json_text, user_path
 from .columns import find_filters, unknown_note
-from .index import NEGATIVE, Index, _texts
+from .index import NEGATIVE, Index, as_sentences
 from .milvus import row_id
 from .private import log_line, place
 
@@ -69,14 +69,14 @@ def _held(test):
 
 def _ready(index, ask):
     "The question with its filters and notes. Raises UserError if it makes no sense."
-    texts = _texts([*([ask.text] if ask.text else []), *ask.without])
+    texts = as_sentences([*([ask.text] if ask.text else []), *ask.without])
     if not ask.text and ask.image is None:
         raise UserError("nothing to search for: give a sentence, an image, or both")
     if isinstance(ask.image, str) and not _held(index.store.has)(ask.image):
         raise UserError("no image of this path is in the index")
     filters, unknown = find_filters(ask.where, index.columns, _held(index.has_value))
     unknown = [unknown_note(c, values, index.values(c)) for c, values in unknown.items()]
-    return _Ready(ask, filters, index._notes(*texts) + unknown)
+    return _Ready(ask, filters, index.notes(*texts) + unknown)
 
 # %% ../../nbs/search/22_live.ipynb #0e779325
 def _sentences(index, asks):

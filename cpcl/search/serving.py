@@ -13,8 +13,8 @@ from collections import Counter
 from .._patch import patch
 
 from ..core import UserError, need
-from .app import _address, _ended_by_signals, _listen, _Server
-from .gate import Refused, _Exchange, _headers
+from .app import Server, browser_address, ended_by_signals, listen
+from .gate import Exchange, Refused, read_headers
 from .live import Live
 from .private import log_line, place
 from .bodies import Line
@@ -139,9 +139,9 @@ def _in_json(refused):
 @patch
 async def _http(self: Door, scope, receive, send):
     "Answer a request."
-    exchange = _Exchange(scope["path"], 0, receive, send)
+    exchange = Exchange(scope["path"], 0, receive, send)
     try:
-        headers = _headers(scope)
+        headers = read_headers(scope)
         trusted = self._check(scope, headers)
         kind = "form" if headers.get("content-type", "").startswith("multipart/") else "json"
         exchange.most = _largest(headers, kind)
@@ -175,7 +175,7 @@ class ServedRest:
         grace: int,  # seconds in which what was asked is finished
     ):
         self.live, self.door, self.address, self._closed = live, door, address, False
-        self._server = _Server(door, sock, grace)
+        self._server = Server(door, sock, grace)
 
     def start(self):
         "Answer from now on."
@@ -207,7 +207,7 @@ class ServedRest:
 def _start(service, sock, names, token, requests, host):
     "A service that answers."
     door = Door(make_app(service), names, token, requests)
-    served = ServedRest(service.live, sock, door, _address(host, names.port), int(service.timeout) + 1)
+    served = ServedRest(service.live, sock, door, browser_address(host, names.port), int(service.timeout) + 1)
     try:
         return served.start()
     except BaseException:
@@ -233,8 +233,8 @@ def serve_rest(
     listed = os.environ.get("CPCL_HOSTS", "")
     token = find_token(token, names_of(host, port, listed), anyone)
     need("fastapi", "serve"), need("uvicorn", "serve")
-    with _ended_by_signals("the service") if block else contextlib.nullcontext():
-        sock = _listen(host, port, "the service")
+    with ended_by_signals("the service") if block else contextlib.nullcontext():
+        sock = listen(host, port, "the service")
         try:
             names = names_of(host, sock.getsockname()[1], listed)
             service = Service(Live(folder, **how), show, timeout)

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from ..core import UserError, load_open_clip
+from ..encoder.fetching import hub_or_cache
 from ..encoder import Encoder, EncoderConfig, load_encoder
 from ..encoder.models import check_size
 from ..encoder.towers import Reading, usual_reading
@@ -193,7 +194,8 @@ _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # of 
 def _open_clip_repo(hub, size):
     "A repository in open_clip's format, None if it is not. Raises UserError if its model is not listed."
     try:
-        said = read_json(hf_hub_download(hub, "open_clip_config.json"))
+        with hub_or_cache():
+            said = read_json(hf_hub_download(hub, "open_clip_config.json"))
     except UserError:
         raise
     except Exception:  # of the network, of the hub, of the name: the next attempt says what is wrong
@@ -206,7 +208,8 @@ def _open_clip_repo(hub, size):
         raise UserError(f"the model in {hub} cannot be built here ({why}): choose another one")
     for file in _WEIGHTS:
         try:
-            weights = user_path(hf_hub_download(hub, file))
+            with hub_or_cache():
+                weights = user_path(hf_hub_download(hub, file))
         except Exception:
             continue
         return Source(model=model, pretrained=str(weights), height=size[0], width=size[1])

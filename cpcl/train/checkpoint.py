@@ -23,9 +23,12 @@ from ..encoder.weights import check_fit, load_encoder, read_published, read_weig
 def state_tensors(
     model: torch.nn.Module,  # the module being trained
     optimizer: torch.optim.Optimizer,  # its optimiser, over parameters of `model`
+    teacher: torch.nn.Module = None,  # a second encoder of the run
 ) -> dict:  # name -> tensor
-    "Weights as `model.NAME`, moments as `optim.SLOT.NAME`."
+    "Weights as `model.NAME`, a teacher's as `teacher.NAME`, moments as `optim.SLOT.NAME`."
     found = {f"model.{k}": v.detach() for k, v in model.state_dict().items()}
+    if teacher is not None:
+        found |= {f"teacher.{k}": v for k, v in teacher.state_dict().items()}
     names = {p: n for n, p in model.named_parameters()}
     for p, slots in optimizer.state.items():
         found |= {
@@ -38,12 +41,13 @@ def save_state(
     path,  # the `.safetensors` to write; the one that was there becomes NAME-before
     model: torch.nn.Module,  # the module being trained
     optimizer: torch.optim.Optimizer,  # its optimiser
+    teacher: torch.nn.Module = None,  # a second encoder of the run
     **facts,  # JSON values to keep beside, e.g. `epoch=3`
 ):
     "Write everything a run needs to resume, in one file. Raises UserError if the disk is full."
     from safetensors.torch import save_file
 
-    path, tensors = Path(path), state_tensors(model, optimizer)
+    path, tensors = Path(path), state_tensors(model, optimizer, teacher)
     with atomic_path(path) as tmp:
         save_file(tensors, tmp, metadata={"facts": json_text(facts), "crc": str(_crc(tensors))})
         if path.is_file():
@@ -118,12 +122,15 @@ def fill_state(
     tensors: dict,  # from `read_state`
     model: torch.nn.Module,  # filled in place
     optimizer: torch.optim.Optimizer,  # filled in place
+    teacher: torch.nn.Module = None,  # filled in place
 ):
     "Put weights and moments back. Raises UserError for those of another model."
-    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in model.state_dict().items()}:
-        raise UserError("the training state belongs to another model: give another --out")
-    model.load_state_dict(weights)
+    for name, module in dict(model=model, teacher=teacher).items():
+        if module is not None:
+            _fill(
+                module,
+                {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")},
+            )
     for name, p in model.named_parameters():
         slots = {
             s: tensors[f"optim.{s}.{name}"]
@@ -137,6 +144,13 @@ def fill_state(
             optimizer.state[p] = {
                 s: v if s == "step" and not fused else v.to(p.device) for s, v in slots.items()
             }
+
+
+def _fill(module, weights):
+    "Put weights back. Raises UserError for those of another model."
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in module.state_dict().items()}:
+        raise UserError("the training state belongs to another model: give another --out")
+    module.load_state_dict(weights)
 
 # %% ../../nbs/80_train/05_checkpoint.ipynb #5f1175ef
 def read_history(

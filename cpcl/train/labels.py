@@ -17,6 +17,7 @@ from scipy.sparse import csr_array
 from ..cluster.labels import ClusterConfig, cluster_images, pseudo_labels
 from ..core import UserError, check_labels, unit
 from ..oplm import OPLMConfig, mine
+from .pairs import pair_agreement
 
 # %% ../../nbs/80_train/01_labels.ipynb #d69c68fe
 def likeness(
@@ -55,6 +56,7 @@ class Labels:
     img: np.ndarray  # int64 `[N]`
     txt: np.ndarray  # int64 `[M]`
     clustered: tuple | None = None  # (img, txt) before mining, for the report; None: nothing was mined
+    weight: np.ndarray | None = None  # float32 `[M]`, confidence of each pair's labels, 0..1; None: all alike
 
     @property
     def before(self) -> tuple:  # (img, txt) before mining
@@ -130,6 +132,9 @@ class LabelConfig:
     fuse: float = 0.0  # share of the captions in the clustered cosine; 0: each modality alone, as published
     oplm: OPLMConfig = OPLMConfig()  # outlier pseudo label mining
     captions_per_cluster: int = 1  # captions of an image cluster side by side in a batch; 1: random order
+    confidence: bool = False  # PCM weighs a pair by how well its two clusters agree (`train/pairs`)
+    # pairs without a label on both sides stay in the epoch, or leave it (CLPC)
+    outliers: Literal["keep", "leave"] = "keep"
 
     def __post_init__(self):
         if not 0 <= self.fuse < 1:
@@ -169,7 +174,9 @@ def epoch_labels(
     "Pseudo labels of both modalities, with outliers mined through the pairs (paper: pseudo labels, OPLM)."
     img, txt, image_of = features.img, features.txt, features.image_of
     before = _clusters(features, cfg, log)
-    return Labels(*mine(img, txt, image_of, *before, cfg.oplm), clustered=before)
+    mined = mine(img, txt, image_of, *before, cfg.oplm)
+    weight = pair_agreement(*mined, image_of) if cfg.confidence else None
+    return Labels(*mined, clustered=before, weight=weight)
 
 
 def _clusters(features, cfg, log):

@@ -23,7 +23,7 @@ from .checkpoint import fill_state, newest_state, save_state, write_history
 from .compiled import CompiledTowers, check_compiler
 from .config import TrainConfig
 from .environment import write_environment
-from .epoch import NotFinite, build_memories, build_optimizer, no_memories, train_epoch
+from .epoch import NotFinite, build_optimizer, train_epoch
 from .half import Scaler
 from .health import ROWS, label_remarks, outlier_alarm, save_eps_figure
 from .history import EpochRow, epoch_line
@@ -37,6 +37,8 @@ from cpcl.train.labels import (
     label_report,
     true_labels,
 )
+from .memories import build_bank, build_memories, mu_at, no_memories
+from .pairs import kept_pairs
 from cpcl.train.processes import (
     heard,
     once,
@@ -48,8 +50,9 @@ from cpcl.train.processes import (
     start_processes,
     step_products,
 )
-from .schedule import extension_at
+from .schedule import extension_at, planned_epochs
 from .start import data_facts, first_encoder, held_run, same_run_everywhere, start_run, weights_of
+from .teacher import Teacher
 from .trackers import open_trackers, tracker_names
 
 # %% ../../nbs/80_train/03_loop.ipynb #72028035
@@ -80,27 +83,44 @@ def fit(
     loss, labels, encoder = load_function(loss), load_function(labels), first_encoder(cfg.encoder, log)
     with held_run(run, train.root), contextlib.ExitStack() as held:
         _open(run, cfg, data or data_facts(train), resume, hooks, half)
-        encoder, optimizer, scaler, history = _restore(cfg, encoder, half, run, resume, device, log)
+        encoder, optimizer, scaler, teacher, history = _restore(cfg, encoder, half, run, resume, device, log)
         model = _model(cfg, encoder, accelerator, log)
         writer = _writer(run, trackers, accelerator, cfg, train, log, held)
         pixels, workers = _pixels(cache, train, encoder, workers, cfg, log)
         for epoch in range(len(history), cfg.optim.epochs):
             watch, report, judged = Stopwatch(), None, {}
             memories = no_memories(len(train.images), len(train.captions), encoder.width, device)
+            if cfg.labels.source != "none" or cfg.hcm.near:
+                reader = teacher.encoder if teacher else encoder
+                features = _features(reader, train, pixels, workers, device, half, watch)
             if cfg.labels.source != "none":
-                features = _features(encoder, train, pixels, workers, device, half, watch)
                 with watch("labels"):
                     found = once(lambda: _label(labels, features, cfg, truth, log))
                     report, judged = once(lambda: _judge(found, features, cfg, quality, run, history, log))
-                memories = build_memories(features, found, cfg.memory, device)
+                mu = mu_at(cfg.memory, epoch, planned_epochs(cfg.optim))
+                memories = build_memories(features, found, cfg.memory, device, mu)
+                memories.visited = _visited(found, features, cfg, log)
+            if cfg.hcm.near:
+                memories.bank = build_bank(features, cfg.memory, device)
             loader = _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator)
             with watch("steps"), _bad_batches_saved(run, train), step_products(cfg.optim, device):
                 steps = train_epoch(
-                    model, optimizer, loader, memories, cfg, accelerator, epoch, loss, writer, half, scaler
+                    model,
+                    optimizer,
+                    loader,
+                    memories,
+                    cfg,
+                    accelerator,
+                    epoch,
+                    loss,
+                    writer,
+                    half,
+                    scaler,
+                    teacher,
                 )
             val = _validated(validate, encoder, watch)
             history.append(_row(history, steps, report, judged, val, watch, cfg))
-            once(lambda: _save_epoch(run, encoder, optimizer, scaler, history, writer))
+            once(lambda: _save_epoch(run, encoder, optimizer, scaler, teacher, history, writer))
             log(epoch_line(history[-1], cfg.optim.epochs))
         return history
 
@@ -154,6 +174,17 @@ def _alarm(cfg, features, run, reports, log):
             f"  ALARM: for three epochs more than 90 % of the {name} were outliers. {figure} shows "
             f"what another labels.{setting}.eps would give"
         )
+
+
+def _visited(found, features, cfg, log):
+    "The caption rows that an epoch visits. None: all of them."
+    if cfg.labels.outliers == "keep":
+        return None
+    rows = kept_pairs(found.img, found.txt, features.image_of)
+    if len(rows) < 2:
+        log("  no two pairs have a label on both sides: the epoch visits all of them")
+        return None
+    return rows
 
 # %% ../../nbs/80_train/03_loop.ipynb #5a7913c2
 def _features(encoder, train, pixels, workers, device, half, watch):
@@ -213,21 +244,22 @@ def _open(run, cfg, data, resume, hooks, half):
 
 # %% ../../nbs/80_train/03_loop.ipynb #b61f20d9
 def _restore(cfg, encoder, half, run, resume, device, log):
-    "Encoder, optimiser, scaler and history as the run starts, or as it was left."
+    "Encoder, optimiser, scaler, teacher and history as the run starts, or as it was left."
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
     prepare_towers(encoder, cfg.optim.freeze, cfg.optim.lora, cfg.optim.checkpointing, log)
     optimizer, scaler = build_optimizer(encoder, cfg.optim), Scaler(half, device)
+    teacher = Teacher(encoder, cfg.memory.teacher) if cfg.memory.teacher else None
     found = once(lambda: newest_state(run, log) if resume else None)
     if found is None:
-        return encoder, optimizer, scaler, []
+        return encoder, optimizer, scaler, teacher, []
     tensors, facts = found
     if "history" not in facts:
         raise UserError(f"{run} was started by a version whose states hold no history: give another --out")
-    fill_state(tensors, encoder, optimizer)
+    fill_state(tensors, encoder, optimizer, teacher and teacher.encoder)
     scaler.fill(facts)
     history = _history(facts, run)
     once(lambda: _repair(run, encoder, history))
-    return encoder, optimizer, scaler, history
+    return encoder, optimizer, scaler, teacher, history
 
 
 def _history(facts, run):
@@ -279,6 +311,7 @@ def _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator):
         resize=encoder.resize,
         device=accelerator.device,
         words=encoder.words,
+        visited=memories.visited,
         **share(accelerator),
     )
 
@@ -306,7 +339,7 @@ def _with_best(row, history):
     return replace(row, best_epoch=row.epoch)
 
 
-def _save_epoch(run, encoder, optimizer, scaler, history, writer):
+def _save_epoch(run, encoder, optimizer, scaler, teacher, history, writer):
     "Everything an epoch leaves behind. The state last, since it declares the epoch done."
     row = history[-1]
     best = history[row.best_epoch].val.get("val_mAP")
@@ -317,7 +350,7 @@ def _save_epoch(run, encoder, optimizer, scaler, history, writer):
     write_history(run, rows)
     state = run / "state.safetensors"
     facts = dict(epoch=row.epoch + 1, best=best, history=rows) | scaler.facts()
-    save_state(state, encoder, optimizer, **facts)
+    save_state(state, encoder, optimizer, teacher and teacher.encoder, **facts)
     numbers = {k: v for k, v in rows[-1].items() if isinstance(v, (int, float)) and k != "epoch"}
     writer(row.epoch, numbers, "epoch")
 
