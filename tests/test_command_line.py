@@ -108,7 +108,7 @@ def test_home_is_expanded_everywhere(things, tmp_path, monkeypatch, promise):
     photo = next((things / "set" / "imgs").rglob("*.jpg"))
     (home / "x.jpg").write_bytes(photo.read_bytes())
     cases = [
-        ("synth", "~/drawn", "--people", "3", "--shots", "2", "2"),
+        ("synth", "--people", "3", "--shots", "2", "~/drawn"),
         ("doctor", "~/set"),
         ("train", "--root=~/set", "--out=~/out", "--pretrained=~/run/last.safetensors", *SMALL.split()[2:]),
         ("eval", "~/run", "--root=~/set"),

@@ -5,6 +5,7 @@ import json, shutil, subprocess, sys, zipfile
 import pytest
 
 from cpcl.synth.dataset import SynthWorld, checksum
+from cpcl.synth.grounds import CHECKSUMS, GROUNDS
 from readme import ROOT
 
 STUDIO = "b342034ee07ed0609f6bfedd8d09728caa687bf15b5e275a9e1986b4c12597bf"
@@ -44,3 +45,9 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
     }
     assert not ours - wheel
     assert "cpcl/synth/styles/street.json" in wheel
+
+
+@pytest.mark.parametrize("name", GROUNDS)
+def test_the_grounds_are_frozen(name):
+    "Records on a ground depend on its captions, attributes and pixels."
+    assert checksum(GROUNDS[name].world()) == CHECKSUMS[name]

@@ -24,28 +24,35 @@ class Synth:
     people: Annotated[int, Range(3)] = 1000  # how many people
     seed: Annotated[int, Range(0)] = 0  # the same seed gives the same people, captions and pixels
     layout: Literal["cuhk-pedes", "icfg-pedes", "rstpreid"] = "cuhk-pedes"  # whose annotation format
-    # street: as in the sample set; town: as in the ablations; studio: as in the tiny CLIP's pre-training
-    style: Literal["street", "town", "studio"] = "street"
-    # fewest and most images per person; rstpreid has 5
+    # street: as in the sample set; town: as in the ablations; studio: as in the tiny CLIP's pre-training;
+    # harbour and festival: as in the grounds
+    style: Literal["street", "town", "studio", "harbour", "festival"] = "street"
+    # fewest and most images per person, one number for both; rstpreid has 5
     shots: Annotated[tuple[int, int], Range(1)] = (2, 5)
+    ground: str = ""  # a set on which methods are compared, e.g. harbour-small; it decides all of the above
 
     def run(self) -> int:  # exit status
         "Write it and say what to do next."
         from cpcl.files import printable, user_path
-        from cpcl.synth.dataset import write_synth
 
         check_ranges(self)
-        root = write_synth(
-            user_path(self.out),
-            people=self.people,
-            seed=self.seed,
-            layout=self.layout,
-            style=self.style,
-            shots=self.shots,
-        )
-        root = printable(root)
+        root = printable(self._draw(user_path(self.out)))
         print(f"wrote {root}\nnext: cpcl doctor {root}\n      cpcl train --root {root}")
         return 0
+
+    def _draw(self, out):
+        "Draw the set. Raises UserError for flags that do not go together."
+        from cpcl.core import UserError
+        from cpcl.synth.dataset import write_synth
+        from cpcl.synth.grounds import ground_set
+
+        how = {name: getattr(self, name) for name in ("people", "seed", "layout", "style", "shots")}
+        if self.ground:
+            given = [f"--{name}" for name, value in how.items() if value != getattr(Synth, name)]
+            if given:
+                raise UserError(f"--ground {self.ground} decides the rest: leave out {' '.join(given)}")
+            return ground_set(self.ground, out)
+        return write_synth(out, **how)
 
 
 @dataclass

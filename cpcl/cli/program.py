@@ -24,7 +24,7 @@ from cpcl.cli.errors import (
 )
 from .comparing import Compare, Report
 from .cropping import Crop
-from .flags import over_file
+from .flags import over_file, twice
 from .files import Convert, Doctor, Export, Pretrain, Synth
 from .scoring import Eval
 from .searching import App, Index, Search, Serve
@@ -79,6 +79,7 @@ def parse(
 ):  # a command, ready to `run`
     "The command that the words ask for. Raises UserError if tyro does not understand them (tyro)."
     said = io.StringIO()
+    words = twice(words, "--shots")
     help = {"-h", "--help"} & set(words)
     try:
         with _terminal(None if help else 100_000), contextlib.redirect_stderr(said):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LONG', 'NO_MINING', 'ANY_ONE', 'PARTS', 'NAMES', 'BASELINES', 'SECOND_SET', 'MEMORY', 'MATCHING', 'PAIR',
            'CLUSTERING', 'MINING', 'BEYOND', 'TEMPERATURE', 'SUPPORT', 'PARTS_LONG', 'BASELINES_LONG', 'DEFAULTS_LONG',
-           'OLD_BOUND', 'CALIBRATION', 'OLD_CAPTIONS', 'OLD_CPCL', 'FIRST_LOOK', 'PLAN', 'GUESS', 'Grid', 'long', 'Job',
-           'jobs_of', 'seconds_per_epoch', 'left_line', 'work_off', 'named_grids', 'main']
+           'OLD_BOUND', 'CALIBRATION', 'OLD_CAPTIONS', 'OLD_CPCL', 'FIRST_LOOK', 'PLAN', 'CALIBRATION_GROUNDS', 'GUESS',
+           'Grid', 'long', 'Job', 'jobs_of', 'seconds_per_epoch', 'left_line', 'work_off', 'named_grids', 'main']
 
 # %% ../../nbs/lab/08_plan.ipynb #3fb0973d
 import itertools, statistics, sys, time
@@ -21,6 +21,7 @@ from .grid import bench_set, cores, look_up, missing_runs, run_all, run_folder
 from .grid import run_missing, scored, wanted_runs
 from .records import Spec, add_record, by_device, fingerprint, read_records
 from ..encoder import EncoderConfig
+from ..synth.grounds import GROUNDS, ground_set
 from ..train.environment import device_name
 
 # %% ../../nbs/lab/08_plan.ipynb #607fb036
@@ -32,7 +33,7 @@ class Grid:
     base: str = ""  # name of the row that others are compared with; the first if empty
     common: tuple = ()  # changes that all rows share, as ((dotted setting, value), ...)
     schedule: str = "bench"  # a key of SCHEDULES
-    world: int = 1000  # seed of the bench set; 0: the sample set `data/mini`
+    world: int | str = 1000  # seed of the bench set; 0: the sample set `data/mini`; or the name of a ground
     file: str = ""  # name of the file of records; that of the set if empty
     seeds: tuple = (0, 1, 2)  # of every row
 
@@ -50,6 +51,8 @@ class Grid:
     @property
     def name(self):  # of the set, e.g. "synth-1k-1001"
         "How its set is called."
+        if isinstance(self.world, str):
+            return self.world
         special = {0: "mini", 1000: "synth-1k"}
         return special.get(self.world, f"synth-1k-{self.world}")
 
@@ -59,7 +62,9 @@ class Grid:
         return (repo_root() or Path(".")) / "nbs" / "ablations" / "records" / f"{self.file or self.name}.json"
 
     def root(self):  # the folder of the set
-        "Its set, drawn if it is not there."
+        "Its set, drawn if it is not there. Raises UserError for a ground that is none."
+        if isinstance(self.world, str):
+            return ground_set(self.world)
         return bench_set(seed=self.world) if self.world else sample_set()
 
     def records(self):  # lists of Record, one per device; one empty list if there is none
@@ -200,6 +205,12 @@ PLAN = (  # the most telling first
     *(BEYOND, CALIBRATION, FIRST_LOOK),
 )
 
+# %% ../../nbs/lab/08_plan.ipynb #5b0c7a53
+CALIBRATION_GROUNDS = tuple(
+    Grid({preset: (preset, {}) for preset in ("clip", "clip-itc", "supervised")}, world=name)
+    for name in GROUNDS
+)
+
 # %% ../../nbs/lab/08_plan.ipynb #c15f75e3
 @dataclass(frozen=True)
 class Job:
@@ -324,10 +335,11 @@ def named_grids(
     names: list,  # e.g. ["baselines", "parts_long"]; empty: the plan
 ) -> tuple:  # of Grid
     "Grids of this module by name. Raises UserError for a name that is none."
-    known = {name.lower(): grid for name, grid in globals().items() if isinstance(grid, Grid)}
+    grids = {name: value if isinstance(value, tuple) else (value,) for name, value in globals().items()}
+    known = {name.lower(): found for name, found in grids.items() if {*map(type, found)} == {Grid}}
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"no grid {unknown[0]!r}, there are: {', '.join(sorted(known))}")
-    return tuple(known[name] for name in names) or PLAN
+    return tuple(grid for name in names for grid in known[name]) or PLAN
 
 
 def main():

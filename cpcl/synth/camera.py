@@ -16,6 +16,7 @@ from ..core import keyed_rng
 from .colours import darker
 from .paint import paint
 from .people import Look, Person
+from .places import PLACES
 from .shots import Shot
 from .style import read_style
 
@@ -36,10 +37,14 @@ class Camera:
     tilt: float = 0.08  # how far it looks down
     light: int = 1  # the light's side, 1 right, -1 left
     views: tuple = (0.4, 0.3, 0.3)  # how often front, back, side
-    place: str = "wall"  # wall, bricks, shops, hedge, crossing, blocks, plain
+    place: str = "wall"  # wall, bricks, shops, hedge, crossing, blocks, plain or a key of PLACES
     wall: tuple = (150, 150, 150)  # r, g, b
     ground: tuple = (120, 120, 120)
     horizon: float = 0.55  # where the wall ends, 0 top .. 1 bottom
+    roll: float = 0.0  # by how much it hangs askew, degrees
+    wide: tuple = (90, 122)  # narrowest and widest crop, of 128 pixels around a person of 256
+    rain: float = 0.0  # streaks of rain per pixel of its rows; 0: none
+    beam: tuple = ()  # factors of red, green, blue of a light from the right; none if empty
 
     def matrix(self, light: float = 1.0) -> np.ndarray:
         "The transform as `[3, 4]`: a colour's factors and what is added, in 0..255."
@@ -130,6 +135,7 @@ def _blocks(d, camera, rng, w, cut):
 
 # %% ../../nbs/synth/09_camera.ipynb #ff56a53f
 _FURNISH = {"bricks": _bricks, "shops": _shops, "hedge": _hedge, "crossing": _crossing, "blocks": _blocks}
+_FURNISH |= PLACES
 
 
 @lru_cache(maxsize=256)
@@ -186,6 +192,19 @@ def _cover(image, s, top, tall, rng):
     if s.cover == "side":
         _side(d, s, top, tall, w, h, rgb, kind)
 
+# %% ../../nbs/synth/09_camera.ipynb #5b0c7a31
+def _weather(seen, camera, rng):
+    "A coloured light from the right and streaks of rain, where a camera has them."
+    h, w, _ = seen.shape
+    if camera.beam:
+        share = np.linspace(0, 1, w, dtype=np.float32)[None, :, None]
+        seen = seen * (1 - share + share * np.float32(camera.beam))
+    if camera.rain:
+        seen, n = seen.copy(), int(camera.rain * h)
+        for x, y, long in zip(rng.integers(0, w, n), rng.integers(0, h, n), rng.integers(3, 9, n)):
+            seen[y : y + long, x] = 0.6 * seen[y : y + long, x] + 70
+    return seen
+
 # %% ../../nbs/synth/09_camera.ipynb #51d8e9b0
 def picture(
     p: Person,  # who
@@ -200,8 +219,10 @@ def picture(
     top, tall = paint(image, p, s, look, camera.tilt, camera.light)
     if s.cover:
         _cover(image, s, top, tall, rng)
-    wide, h = int(rng.integers(90, 122)), int(rng.integers(camera.size[0], camera.size[1] + 1))
-    left = (128 - wide) // 2 + int(rng.integers(-3, 4))
+    if camera.roll:
+        image = image.rotate(camera.roll, Image.Resampling.BICUBIC, fillcolor=tuple(camera.wall))
+    wide, h = int(rng.integers(*camera.wide)), int(rng.integers(camera.size[0], camera.size[1] + 1))
+    left = min(max((128 - wide) // 2 + int(rng.integers(-3, 4)), 0), 128 - wide)
     image = image.resize((round(h * wide / 256), h), Image.Resampling.BOX, box=(left, 0, left + wide, 256))
     blur = camera.blur * rng.uniform(0.5, 1.5)
     if blur > 0.25:
@@ -209,4 +230,5 @@ def picture(
     slope = np.linspace(1, 1 + rng.uniform(-0.18, 0.18), h, dtype=np.float32)[:, None, None]
     image = image.convert("RGB", tuple(camera.matrix(s.light).ravel().tolist()))
     noise = rng.standard_normal((h, image.width, 1), np.float32) * np.float32(camera.noise)
-    return Image.fromarray(np.clip(np.asarray(image) * slope + noise, 0, 255).astype(np.uint8))
+    seen = np.asarray(image) * slope + noise
+    return Image.fromarray(np.clip(_weather(seen, camera, rng), 0, 255).astype(np.uint8))

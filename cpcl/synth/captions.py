@@ -211,7 +211,9 @@ def caption(
     words: dict,  # thing -> its words
     annotator: Annotator,  # who writes
     rng: np.random.Generator,  # consumed
-) -> str:  # 13 words or more
+    least: int = 13,  # words that a caption must have
+    setting: str = "outdoors on a street",  # said where a caption would be too short
+) -> str:  # `least` words or more
     "What one annotator writes about one image."
     names = colour_names(p)
     rgb = np.array([worn(p, look)[part] for part in names], np.float32)
@@ -221,10 +223,10 @@ def caption(
     for extra in (0.0, 0.5, 9.0):
         keep = _kept(annotator, seen, extra, rng)
         text = fill(annotator.template, _facts(w, p, s, keep), rng)
-        if len(text.split()) >= 13:
+        if len(text.split()) >= least:
             break
     else:
-        place = "from behind" if s.view == "back" else "outdoors on a street"
+        place = "from behind" if s.view == "back" else setting
         text = f"{text.rstrip('.')} in a picture taken {place}."
     if annotator.small:
         return text.lower().rstrip(".")

@@ -15,6 +15,7 @@ from .colours import darker, worn
 from .pen import Pen, along
 from .people import LOWER, UPPER, Cut, Look, Person
 from .shots import Shot
+from .wardrobe import bib, footwear, more_patterns, reflecting
 
 # %% ../../nbs/synth/05_garments.ipynb #c5c966fe
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Figure:
     shot: Shot
     quirk: dict  # name -> number in -1..1
     colour: dict  # part -> (r, g, b), as `worn` gives it
+    loose: float = 1.0  # width of upper garments against the usual
 
     @property
     def view(self) -> str:
@@ -43,7 +45,7 @@ def figure(
     look: Look,  # whose palette
 ) -> Figure:
     "Gather what the painter needs."
-    return Figure(p, s, p.quirk(), worn(p, look))
+    return Figure(p, s, p.quirk(), worn(p, look), look.loose)
 
 # %% ../../nbs/synth/05_garments.ipynb #c0304d54
 def _joints(f, w, k):
@@ -88,6 +90,7 @@ def _shoe(pen, f, ankle, skin, k):
     kind, rgb, side = f.person.shoes, f.colour["shoes"], f.view == "side"
     long = 0.045 if side else 0.026
     x, y = ankle[0] + (0.028 if side else 0.006 * k), ankle[1]
+    footwear(pen, kind, rgb, ankle, long)
     if kind == "boots":
         pen.limb((ankle[0], 0.84), (ankle[0], y + 0.01), 0.034, 0.030, rgb)
     pen.oval(x, y + 0.022, long, 0.021, skin if kind == "sandals" else rgb)
@@ -102,7 +105,7 @@ def _shoe(pen, f, ankle, skin, k):
 def _skirt(pen, f, end, cut):
     rgb, thin = f.colour["lower"], 0.66 if f.view == "side" else 1
     top, flare = 0.082 * thin, (0.125 + 0.02 * f.quirk["cut"]) * thin * cut.wide
-    pen.poly(((-top, 0.42), (top, 0.42), (flare, end), (-flare, end)), rgb)
+    pen.poly(((-top, 0.42), (top, 0.42), (flare, end), (-flare, end)), rgb, edge=True)
     if pen.look.shading < 1:
         k = -pen.light
         shadow = ((k * top, 0.42), (k * top * 0.3, 0.42), (k * flare * 0.4, end), (k * flare, end))
@@ -121,7 +124,7 @@ def legs(
     p, w = f.person, pen.look.limb * f.girth
     cut = LOWER.get(p.lower, Cut(hem=0.5))
     end = cut.hem + 0.03 * f.quirk["length"] * (cut.hem < 0.9)
-    skirt = p.lower in ("skirt", "long skirt")
+    skirt = p.lower in ("skirt", "long skirt", "tutu")
     for k in (-1, 1):
         shade = 0.82 if k < 0 and f.view == "side" else 1
         hip, knee, ankle = _joints(f, w, k)
@@ -153,10 +156,15 @@ def outline(
 ) -> tuple:  # a function from height to half width, and the heights of its corners, the hem last
     "The outline of an upper garment."
     p, heavy = f.person, f.person.build == "heavy"
-    broad = {"slim": 0.9, "medium": 1.0, "heavy": 1.2}[p.build] * cut.wide * (1 + 0.05 * f.quirk["width"])
+    broad = (
+        {"slim": 0.9, "medium": 1.0, "heavy": 1.2}[p.build]
+        * cut.wide
+        * (1 + 0.05 * f.quirk["width"])
+        * f.loose
+    )
     thin = 0.64 * (1.12 if heavy else 1) if f.view == "side" else 1
     shoulder, chest, waist = (0.104, 0.103, 0.078) if p.sex == "female" else (0.122, 0.113, 0.1)
-    flare = {"coat": 0.035, "parka": 0.035, "dress": 0.05}.get(p.upper, 0)
+    flare = {"coat": 0.035, "parka": 0.035, "dress": 0.05}.get(p.upper, 0) + cut.flare
     hem = cut.hem + 0.022 * f.quirk["hem"]
     ys = [0.158, 0.185, 0.29, 0.41, 0.5, max(hem, 0.505)]
     widths = [
@@ -214,6 +222,7 @@ def _pattern(pen, f, half, hem):
             pen.box(-0.042, 0.25, 0.042, 0.305 + 0.02 * q["spacing"], rgb)
         else:
             pen.oval(0, 0.28, 0.042, 0.03 + 0.01 * q["spacing"], rgb)
+    more_patterns(pen, kind, rgb, q, half, hem)
 
 # %% ../../nbs/synth/05_garments.ipynb #cf6c4865
 _HOODS = {
@@ -236,10 +245,18 @@ def torso(
         "The corners on side `k`, or a share of the way to them."
         return [(k * share * half(y), y) for y in ys]
 
-    pen.poly(edge(-1) + edge(1)[::-1], cloth)
+    if hem < 0.45:  # the belly shows
+        pen.poly(
+            ((-0.08, hem - 0.02), (0.08, hem - 0.02), (0.09, 0.5), (-0.09, 0.5)), f.colour["skin"], edge=True
+        )
+    pen.poly(edge(-1) + edge(1)[::-1], cloth, edge=True)
     if pen.look.shading < 1 and p.pattern in ("plain", "logo", "raglan"):
         pen.poly(edge(-pen.light) + edge(-pen.light, 0.45)[::-1], darker(cloth, pen.look.shading))
     _pattern(pen, f, half, hem)
+    if cut.bands:
+        reflecting(pen, half, hem)
+    if LOWER.get(p.lower, Cut()).bib and not cut.opens:
+        bib(pen, f.colour["lower"], f.view, half)
     if f.view != "back":
         _front(pen, f, cut, half, hem)
     if cut.hood:

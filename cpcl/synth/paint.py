@@ -6,18 +6,44 @@
 __all__ = ['paint']
 
 # %% ../../nbs/synth/06_paint.ipynb #026e6188
+from dataclasses import replace
+
 from PIL import Image
 
 from .colours import darker
 from .garments import figure, legs, outline, torso
-from .pen import Pen, along
+from .pen import INK, Pen, along
 from .people import UPPER, Look, Person
 from .shots import Shot
+from .wardrobe import baggage, headgear
 
 # %% ../../nbs/synth/06_paint.ipynb #363658c1
+def _posed(s, half, k):
+    "Shoulder, elbow and hand of arm `k` where it does not hang."
+    if s.view == "side":
+        elbow, hand = {
+            "hips": ((-0.075, 0.33), (0.0, 0.43)),
+            "pockets": ((-0.05, 0.335), (0.03, 0.48)),
+            "raised": ((0.075, 0.15), (0.06, 0.0)),
+        }[s.arms]
+        return (-0.01, 0.2), elbow, hand
+    x = half(0.2)
+    elbow, hand = {
+        "hips": ((x + 0.075, 0.33), (half(0.42), 0.44)),
+        "pockets": ((x + 0.04, 0.335), (half(0.45) * 0.8, 0.49)),
+        "raised": ((x + 0.06, 0.14), (x + 0.02, 0.0)),
+    }[s.arms]
+    return (k * (x - 0.012), 0.2), (k * elbow[0], elbow[1]), (k * hand[0], hand[1])
+
+
+_IN_HAND = ("handbag", "shopping bag", "suitcase", "toolbox")  # hang from an arm that hangs
+
+
 def _arm(s, half, k, bent):
     "Shoulder, elbow and hand of arm `k`."
     swing = 0.9 * s.stride
+    if s.arms and not bent:
+        return _posed(s, half, k)
     if s.view == "side":
         return (-0.01, 0.2), (-0.03 - 0.03 * swing, 0.335), (0.07, 0.3) if bent else (0.07 * swing, 0.455)
     x, near = half(0.2) + 0.008, 0.03 if s.view == "front" else 0.09
@@ -40,6 +66,8 @@ def _held(pen, s, x, y):
 # %% ../../nbs/synth/06_paint.ipynb #a3aea862
 def _arms(pen, f):
     p, s, cut = f.person, f.shot, UPPER[f.person.upper]
+    if s.arms and p.bag in _IN_HAND:
+        s = replace(s, arms="")
     half, _ = outline(f, cut)
     w = pen.look.limb * max(1, f.girth) * (1.12 if cut.wide > 1.08 else 1)
     sleeve = min(1, max(0, cut.sleeve + 0.1 * f.quirk["sleeve"] * (0 < cut.sleeve < 0.9)))
@@ -109,6 +137,8 @@ def _face(pen, f, r):
 # %% ../../nbs/synth/06_paint.ipynb #36c08a8f
 def _hat(pen, f, r):
     rgb, kind = f.colour["hat"], f.person.hat
+    if headgear(pen, kind, rgb, r, f.view):
+        return
     if kind == "sun hat":
         pen.oval(0, 0.05, r * 2.0, 0.02, darker(rgb, 0.8))
         pen.oval(0, 0.045, r * 1.05, 0.058, rgb, start=180, end=360)
@@ -129,6 +159,8 @@ def _head(pen, f):
     pen.limb((0, 0.12), (0, 0.175), 0.024, 0.028, darker(skin, 0.85))
     if hair:
         _falling(pen, f, r, v)
+    if pen.look.ink:
+        pen.oval(0, 0.078, r + pen.look.ink, 0.066 + pen.look.ink, darker(skin, INK))
     pen.oval(0, 0.078, r, 0.066, hair if hair and f.view == "back" else skin)
     if f.view == "side":
         pen.poly(((r * 0.85, 0.068), (r * 1.3, 0.096), (r * 0.85, 0.1)), skin)
@@ -164,6 +196,7 @@ def _backpack(pen, view, rgb, size, behind):
 
 def _carried(pen, f, rgb, size):
     "A shoulder bag, or what hangs from the hand at (x, y)."
+    baggage(pen, f.person.bag, rgb, size, f.view)
     bag, dark, side, k = f.person.bag, darker(rgb, 0.7), f.view == "side", -1 if f.view == "back" else 1
     x, y = (0.0, 0.47) if side else (k * 0.145, 0.475)
     if bag == "shoulder bag":

@@ -74,6 +74,9 @@ class Cut:
     opens: bool = False  # may be worn open
     hood: bool = False  # a hood on the shoulders
     collar: bool = False  # a lighter collar and a button line
+    flare: float = 0.0  # how much wider the hem is than the hips
+    bands: bool = False  # two bands that reflect light
+    bib: bool = False  # of a lower garment: a bib and straps over the chest
 
 
 _COMMON = read_style("common")
@@ -91,6 +94,11 @@ class Look:
     shading: float = 0.78  # the shadow side's factor; 1 draws flat
     limb: float = 1.0  # thickness of arms and legs
     head: float = 1.0  # size of the head
+    ink: float = 0.0  # half the width of a contour, in body heights; 0 draws none
+    rim: float = 1.0  # the lit side's factor; 1 draws none
+    loose: float = 1.0  # width of upper garments against the usual
+    stretch: tuple = ()  # (height in the body, height where it is drawn) pairs between head and soles
+    arms: tuple = ()  # ways to hold the arms: "" hanging, hips, pockets, raised; none: always hanging
 
     def pick(self, rng, name: str, sex: str = "") -> str:
         "One value of an attribute, by its weights."

@@ -27,6 +27,7 @@ class Shot:
     hidden: float = 0.0  # share of the frame that it hides, 0..1
     held: str = ""  # phone, bottle, umbrella, book; "" nothing
     light: float = 1.0  # this moment's light against the camera's usual
+    arms: str = ""  # how they are held: hips, pockets, raised; "" hanging
 
     def sees(self, y: float) -> bool:
         "Whether the body at height `y` (0 head .. 1 soles) is above whatever covers its lower part."
@@ -42,6 +43,7 @@ def draw_shot(
     rng: np.random.Generator,  # consumed
     camera: int,  # its index
     views: tuple = (0.4, 0.3, 0.3),  # how often this camera sees front, back, side
+    arms: tuple = (),  # the ways to hold them, all equally often; none: hanging
 ) -> Shot:
     "Draw the circumstances of one image."
     view = ("front", "back", "side")[_nth(rng.random() * sum(views), (views[0], views[0] + views[1]))]
@@ -64,6 +66,7 @@ def draw_shot(
         scale=float(rng.uniform(0.84, 0.95)),
         dx=float(rng.uniform(-0.05, 0.05)),
         light=float(np.exp(rng.normal(0, 0.1))),
+        arms=arms[int(rng.random() * len(arms))] if arms else "",  # drawn last: other draws stay as they are
     )
 
 # %% ../../nbs/synth/03_shots.ipynb #7014f5a7
