@@ -49,22 +49,22 @@ class Ground:
 
 # %% ../../nbs/synth/12_grounds.ipynb #74a00009
 _GROUNDS = (
-    Ground("harbour-small", "harbour", 330, 3001, (6, 8), 2, 8, 1.5, 20, 0.5, (150, 20, 160)),
-    Ground("harbour-ferry", "harbour", 800, 3002, (2, 2), 3, 2, 0.4, 4, 3.0, (600, 40, 160)),
+    Ground("harbour-small", "harbour", 450, 3001, (5, 7), 2, 8, 1.2, 20, 0.5, (270, 20, 160)),
+    Ground("harbour-ferry", "harbour", 640, 3002, (3, 3), 2, 4, 0.4, 4, 3.0, (460, 20, 160)),
     Ground("harbour-port", "harbour", 3000, 3003, (2, 4), 1, 12, 1.0, 8, 1.0, (900, 100, 2000), "final"),
     Ground("festival-crew", "festival", 340, 3004, (8, 10), 2, 12, 0.5, 12, 1.0, (160, 20, 160)),
-    Ground("festival-gate", "festival", 900, 3005, (2, 2), 3, 3, 1.0, 4, 3.0, (650, 100, 150)),
+    Ground("festival-gate", "festival", 900, 3005, (2, 2), 3, 2, 1.0, 4, 3.0, (650, 100, 150)),
     Ground("festival-night", "festival", 800, 3006, (3, 5), 2, 6, 1.4, 15, 0.5, (500, 60, 240), "final"),
 )
 GROUNDS = {ground.name: ground for ground in _GROUNDS}
 
 # %% ../../nbs/synth/12_grounds.ipynb #74a0000d
 CHECKSUMS = {
-    "harbour-small": "f207bfff1af86eae37f35c985336068bfd7e8b4570c98558ef255b8106f7bf56",
-    "harbour-ferry": "27eaee1eb824dd43d7a8b96e40b9a3d886b58780ddaecf1c74ac2ea3fc30d582",
+    "harbour-small": "060b3952990ef54287399a3d2a20cec86cb987885d6afaa4ab85ecfdf370d0a3",
+    "harbour-ferry": "414ddfc55d75f7952ca06b74316f87dd44521369f7c0490d68d4f782db6b94f1",
     "harbour-port": "39e74814a8695d488bde82d1689962b4f22729f07e15bfa12ae7452b414f0dd5",
     "festival-crew": "22d2b12b6dbbe6528bbae2ea15a25a8dd1a1b486e40de2942cc83c033d990b9e",
-    "festival-gate": "8c6f33b50978a70e2417ba7b0ec48c4d9c675cea38a439daeee426c9b56286b5",
+    "festival-gate": "2190353dd71fe23a6c3694e6344ea6b6ce484cf19d0eb9cfb8b00e50f5ef31b2",
     "festival-night": "ff56b84b4fa9afb3eefd81c074bef4991d2484fc572e6438b8a56cca6891d8dc",
 }
 
