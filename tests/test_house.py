@@ -199,6 +199,12 @@ def test_folders_import_leftwards():
                 )
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_no_state_of_widgets_is_kept(path):
+    "An executed notebook may keep megabytes of it, and nbdev_clean leaves it there."
+    assert "widgets" not in json.loads(path.read_text(encoding="utf8"))["metadata"]
+
+
 TEXTS = [
     *NOTEBOOKS,
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "data/README.md")),
