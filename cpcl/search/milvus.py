@@ -134,7 +134,8 @@ def connect(
         for name in ("pymilvus", "pymilvus.client.grpc_handler", "pymilvus.decorators"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
-            client = pymilvus.MilvusClient(uri, token=os.environ.get(TOKEN, ""), timeout=20)
+            patience = 20 if "://" in uri else 60  # the server of a file may come from a cold disk
+            client = pymilvus.MilvusClient(uri, token=os.environ.get(TOKEN, ""), timeout=patience)
         except Exception as e:
             raise UserError(f"no Milvus answers at {printable(uri)}: {_reason(e)}") from None
     return _Client(client, uri)
