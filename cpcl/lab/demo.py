@@ -9,7 +9,6 @@ __all__ = ['MINI', 'sample_set', 'ranked_picture', 'train_one', 'training_beside
 import contextlib, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pandas as pd
 import torch
@@ -19,7 +18,7 @@ from ..core import UserError, cores, repo_root, user_cache
 from ..data import Split, load_person, load_split, read_image
 from ..encoder import features, load_encoder
 from ..eval.scores import METRICS
-from ..synth.dataset import write_synth
+from ..synth.dataset import drawn_once
 from ..files import claimed, json_text, printable, read_json, user_path, write_json
 from .grid import NO_BARS, ONE_THREAD
 from ..train import load_run, make_config, score_split, train_run
@@ -37,32 +36,19 @@ def sample_set(
     checkout = repo_root()
     if root is None and checkout is None:
         return _set_in_cache()
-    root = Path(root) if root else checkout / "data" / "mini"
-    return root if _is_drawn(root) else write_synth(root, **MINI)
-
-
-def _is_drawn(root):
-    "Whether a set is complete: its annotation is written last."
-    return (root / "reid_raw.json").is_file()
+    return drawn_once(Path(root) if root else checkout / "data" / "mini", **MINI)
 
 
 def _set_in_cache():
-    "The sample set in the user's cache, drawn by one process if it is not there."
+    "The sample set in the user's cache."
     if (cache := user_cache()) is None:
         raise UserError("no cache folder for the sample set: set XDG_CACHE_HOME to a folder's full path")
     root = cache / f"sample-{cpcl.__version__}" / "mini"
-    if _is_drawn(root):
-        return root
     try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(root.parent / "drawing.lock"):
-            if not _is_drawn(root):
-                print(f"drawing the sample set into {printable(root)}, this once", file=sys.stderr)
-                write_synth(root, **MINI)
+        return drawn_once(root, lambda line: print(line, file=sys.stderr), **MINI)
     except OSError as e:
         why = f"cannot write the sample set in {printable(root.parent)} ({e.strerror})"
         raise UserError(f"{why}: set XDG_CACHE_HOME to another folder") from None
-    return root
 
 # %% ../../nbs/lab/03_demo.ipynb #12da20a6
 def ranked_picture(

@@ -20,12 +20,12 @@ import torch
 
 from ..core import UserError, cores, repo_root
 from ..files import read_json
-from ..data.read import detect, has_split, load_split
+from ..data.read import detect, load_split
 from ..encoder import EncoderConfig
 from .code import changed_modules, read_modules, run_code
 from .records import Record, Spec, add_record, fingerprint, make_record, read_records
 from .records import used_settings
-from ..synth.dataset import SynthWorld, checksum, write_synth
+from ..synth.dataset import SynthWorld, checksum, drawn_once
 from ..train import TrainConfig, make_config, train_run
 from ..train.config import config_from
 from ..train.environment import device_name
@@ -42,8 +42,7 @@ def bench_set(
     how = BENCH | changes
     name = "synth-1k" if how["seed"] == BENCH["seed"] else f"synth-1k-{how['seed']}"
     folder = Path(folder) if folder else (repo_root() or Path(".")) / "data" / name
-    if not (folder / "synth.json").is_file() or not has_split(folder, None, "test"):
-        return write_synth(folder, **how)
+    drawn_once(folder, **how)
     found = read_json(folder / "synth.json")
     world = SynthWorld(how["people"], how["seed"], how["style"], how["shots"])
     if found["checksum"] != checksum(world):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYNTH_VERSION', 'LAYOUTS', 'SynthWorld', 'checksum', 'split_sizes', 'Layout', 'record', 'split_names', 'describe',
-           'write_synth']
+           'write_synth', 'is_drawn', 'drawn_once']
 
 # %% ../../nbs/synth/11_dataset.ipynb #b212cbb6
 import hashlib, json, re
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
+import filelock
 import numpy as np
 
 from ..core import UserError, atomic_path, keyed_rng, progress
-from ..files import claimed, read_json
+from ..files import claimed, printable, read_json
 from .camera import picture
 from .captions import caption
 from .domains import STYLES, tuned
@@ -261,6 +262,34 @@ def write_synth(
         _clear(out)
         _write(world, out, layout, split, quality, with_camera)
     return out
+
+
+def is_drawn(
+    root,  # folder
+) -> bool:
+    "Whether a folder holds a complete synthetic set: its annotation is written last."
+    root = Path(root)
+    return (root / "synth.json").is_file() and any(
+        (root / how.annotation).is_file() for how in LAYOUTS.values()
+    )
+
+
+def drawn_once(
+    root,  # folder of the set
+    log=None,  # receives a line before it is drawn
+    **how,  # of `write_synth`
+) -> Path:  # the folder
+    "A set, drawn if it is not there, by one process while others wait. Raises UserError as `write_synth`."
+    root = Path(root)
+    if is_drawn(root):
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(root.parent / f".{root.name}.lock"):
+        if not is_drawn(root):
+            if log:
+                log(f"drawing the set {root.name} into {printable(root)}, this once")
+            write_synth(root, **how)
+    return root
 
 
 def _write(world, out, layout, split, quality, with_camera):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core import UserError, repo_root
 from ..files import read_json
-from .dataset import LAYOUTS, SynthWorld, describe, split_names, split_sizes, write_synth
+from .dataset import SynthWorld, describe, drawn_once, is_drawn, split_names, split_sizes
 
 # %% ../../nbs/synth/12_grounds.ipynb #74a00007
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def ground_set(
     wanted = describe(world, split_names(world, ground.splits), with_camera=True)
     if wanted["checksum"] != CHECKSUMS[name]:
         raise UserError(f"this version of cpcl draws another {name}: {wanted['checksum'][:16]}...")
-    complete = (folder / LAYOUTS["cuhk-pedes"].annotation).is_file()
+    complete = is_drawn(folder)
     if complete or (folder / "synth.json").is_file():
         found = read_json(folder / "synth.json")
         if found != wanted:
@@ -92,4 +92,4 @@ def ground_set(
         return folder
     how = dict(people=ground.people, seed=ground.seed, style=ground.style, splits=ground.splits)
     how |= dict(shots=ground.shots, captions_per_image=ground.captions, with_camera=True)
-    return write_synth(folder, **how, **ground.knobs)
+    return drawn_once(folder, **how, **ground.knobs)
