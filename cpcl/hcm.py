@@ -74,6 +74,9 @@ class Batch:
     labels_img: torch.Tensor  # int64 `[B]`, the image's cluster in `Prototypes.img`, -1 = outlier
     labels_txt: torch.Tensor  # int64 `[B]`, the caption's cluster in `Prototypes.txt`, -1 = outlier
     weight: torch.Tensor | None = None  # `[B]` floats, confidence of the pair's labels, 0 or more
+    matched: torch.Tensor | None = (
+        None  # int64 `[B]`, equal for matches, -1 = its own image only; None: labels
+    )
     near: Near | None = None  # neighbours of the pairs in a memory bank, for `HCMConfig.near`
     teacher: tuple | None = None  # (img `[B, D]`, txt `[B, D]`) of a teacher, for `HCMConfig.soft`
     second: "Batch | None" = None  # a second view of the same pairs, which the loss sees as well (DGCMIA)
@@ -132,7 +135,9 @@ def hcm_loss(
     cfg: HCMConfig,  # weights, temperatures, switches
 ) -> Loss:
     "L = icpm L_ICPM + lam L_PCM + beta L_ITC + chm L_CHM + near L_near (paper: HCM; ICPG: CHM; DGCMIA)."
-    match = match_matrix(batch.image_row, batch.labels_img, cfg.match)
+    given = batch.matched is not None
+    who, kind = (batch.matched, "pseudo") if given else (batch.labels_img, cfg.match)
+    match = match_matrix(batch.image_row, who, kind)
     terms, pcm = {}, {}
     if cfg.icpm:
         to_txt, to_img = icpm_targets(batch, match, cfg)

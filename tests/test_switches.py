@@ -2,8 +2,10 @@
 
 import pytest, torch
 
-from cpcl.data import load_split
+from cpcl.core import UserError
+from cpcl.data import load_person, load_split
 from cpcl.encoder import EncoderConfig
+from cpcl.eval.label_quality import quality_of
 from cpcl.synth.dataset import write_synth
 from cpcl.train import make_config
 from cpcl.train.loop import fit
@@ -19,20 +21,26 @@ PARTS = {
     "confidence": {"labels.confidence": True},
     "hard": {"memory.hard": True},
     "momentum that changes": {"memory.mu_end": 0.9},
+    "consensus": {"labels.image.consensus": 3, "labels.caption.consensus": 3},
+    "cameras": {"labels.by_camera": True},
+    "agreement": {"labels.oplm.least_agreement": 1.0},
 }
+BOUNDS = ("true-images", "true-captions", "true-outliers", "true-matches")
 SHARED = {"labels.source": "image", "labels.fuse": 0.5, "memory.shared": True}
 
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    return load_split(write_synth(tmp_path_factory.mktemp("set"), people=14, seed=3, splits=(12, 1, 1)))
+    return load_split(
+        write_synth(tmp_path_factory.mktemp("set"), people=14, seed=3, splits=(12, 1, 1), with_camera=True)
+    )
 
 
 class Stopped(Exception):
     "A run that ends after its first epoch."
 
 
-def trained(split, run, changes, stop=False, resume=False):
+def trained(split, run, changes, stop=False, resume=False, **kwargs):
     "The bytes of the last encoder of a run, and its history."
     cfg = make_config("cpcl", images=len(split.images), encoder=BLANK, changes=QUICK | changes)
 
@@ -40,7 +48,7 @@ def trained(split, run, changes, stop=False, resume=False):
         if stop and line.startswith("epoch"):
             raise Stopped
 
-    history = fit(cfg, split, run, log=log, resume=resume, trackers="none")
+    history = fit(cfg, split, run, log=log, resume=resume, trackers="none", **kwargs)
     return (run / "last.safetensors").read_bytes(), history
 
 
@@ -79,3 +87,31 @@ def test_parts_go_through_the_towers_in_chunks(split, tmp_path):
     )
     for name, value in whole[0].steps.terms.items():
         assert chunked[0].steps.terms[name] == pytest.approx(value, rel=2e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", BOUNDS)
+def test_every_bound_replaces_its_part(split, plain, tmp_path, source):
+    person = load_person(split)
+    with pytest.raises(UserError, match="needs people"):
+        trained(split, tmp_path / "nobody", {"labels.source": source})
+    given = dict(truth=lambda: person, quality=quality_of(person, split.image_of))
+    changed, history = trained(split, tmp_path / "run", {"labels.source": source}, **given)
+    assert changed != plain[0]
+    perfect = {"true-images": "img", "true-captions": "txt"}.get(source)
+    if perfect:
+        assert [history[1].quality[f"{name}_{perfect}"] for name in ("ari", "precision", "recall")] == [
+            1.0
+        ] * 3
+    assert history[1].quality["right_txt"] in (None, 1.0) or source != "true-outliers"
+
+
+def test_cameras_that_nobody_knows_are_asked_for_in_one_line(split, tmp_path):
+    rows = ["image,caption", *(f"{name},someone" for name in split.images[:4])]
+    (split.root / "some.csv").write_text("\n".join(rows))
+    some = load_split(split.root / "some.csv")
+    with pytest.raises(UserError, match="needs the camera of every training image: .* a column camera"):
+        trained(
+            some, tmp_path / "run", {"labels.by_camera": True, "labels.image.k1": 2, "labels.caption.k1": 2}
+        )
+    assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ import torch
 
 from ..core import Stopwatch, UserError, peak_memory
 from .auto import choose_counts
+from .consensus import HELD, consensus_graph
 from .dbscan import dbscan
 from .eps import auto_eps
 from .hdbscan import hdbscan
@@ -59,6 +60,7 @@ class ClusterConfig:
     min_samples: int = 4  # rows within eps, itself included, that make a core row
     search: str = "exact"  # neighbours: "exact" or "approximate"
     labeller: str = "dbscan"  # "dbscan" or "hdbscan"
+    consensus: int = 1  # widths at which the distance is asked: 1, or 3 (k1/2, k1, 2 k1) and their mean
 
     def __post_init__(self):
         for name in ("k1", "k2", "min_samples"):
@@ -69,6 +71,10 @@ class ClusterConfig:
         for name, known in (("search", ("exact", "approximate")), ("labeller", tuple(LABELLERS))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.consensus not in (1, 3):
+            raise UserError(f"consensus must be 1 (one distance) or 3 (three widths), got {self.consensus!r}")
+        if self.consensus == 3 and self.eps != "auto" and self.eps > HELD:
+            raise UserError(f"eps must be at most {HELD} with consensus=3, got {self.eps}")
 
 # %% ../../nbs/30_cluster/00_labels.ipynb #08da02d7
 @dataclass(frozen=True)
@@ -122,10 +128,11 @@ def pseudo_labels(
     min_samples: int = 4,  # rows within eps, itself included, that make a core row
     search: str = "exact",  # "exact" or "approximate" neighbours
     labeller: str = "dbscan",  # "dbscan" or "hdbscan"
+    consensus: int = 1,  # 1, or 3: the mean of the distances at k1/2, k1 and 2 k1
     log=None,  # receives the `ClusterReport`; `print` prints its line
 ) -> np.ndarray:  # int64 `[N]`: -1 outlier, else 0..K-1 without gaps
     "Cluster the rows of one modality (paper: pseudo label generation). Raises UserError."
-    cfg, watch, notes = ClusterConfig(k1, k2, eps, min_samples, search, labeller), Stopwatch(), {}
+    cfg, watch, notes = ClusterConfig(k1, k2, eps, min_samples, search, labeller, consensus), Stopwatch(), {}
     x = array_of(features)
     rows = features if torch.is_tensor(features) and features.device.type != "cpu" else x
     if cfg.k1 == "auto":
@@ -134,9 +141,10 @@ def pseudo_labels(
         notes["counts"] = cfg.k1, cfg.k2, cfg.min_samples
     auto = cfg.eps == "auto"
     with watch("neighbours"):
-        neighbours, _ = knn(rows, cfg.k1, cfg.search, notes)
+        neighbours, _ = knn(rows, cfg.k1 if cfg.consensus == 1 else 2 * cfg.k1, cfg.search, notes)
     with watch("Jaccard"):
-        graph = jaccard_graph(neighbours, x, cfg.k1, cfg.k2, LARGEST_EPS if auto else cfg.eps)
+        graph_of = jaccard_graph if cfg.consensus == 1 else consensus_graph
+        graph = graph_of(neighbours, x, cfg.k1, cfg.k2, LARGEST_EPS if auto else cfg.eps)
     with watch("labels"):
         radius = auto_eps(graph, cfg.min_samples) if auto else cfg.eps
         labels = LABELLERS[cfg.labeller](graph, radius, cfg.min_samples)

@@ -14,7 +14,7 @@ from PIL import Image
 from ..core import UserError
 from .parquet import PICTURES
 from .parse import assemble, own_records, split_named
-from .tables import CAPTION_COLUMNS, column_names, named
+from .tables import CAMERA_COLUMNS, CAPTION_COLUMNS, column_names, named
 from ..files import printable, short
 
 # %% ../../nbs/10_data/12_memory.ipynb #29dbf8cf
@@ -52,12 +52,13 @@ def _columns(table):
 def _table_rows(table, prefix, split):
     "Yield (name of the image, number of the row, row for `own_records`) of a table."
     _, caption, same = _columns(table)
-    wanted = [c for c in (caption, same, "person", "split") if c in table.column_names]
+    wanted = [c for c in (caption, same, "person", "split", *CAMERA_COLUMNS) if c in table.column_names]
     texts = table.select_columns(wanted) if hasattr(table, "select_columns") else table
     for i in range(len(table)):
         said = texts[i]
         name = f"{prefix}/{said[same]}" if same else f"{prefix}/{i:06}"
         row = dict(image=name, captions=said[caption], person=said.get("person"))
+        row |= {c: said[c] for c in CAMERA_COLUMNS if c in wanted}
         yield name, i, row | dict(split=split or said.get("split"))
 
 # %% ../../nbs/10_data/12_memory.ipynb #39f7e812

@@ -15,6 +15,7 @@ from pathlib import Path
 import cpcl
 from ..core import UserError
 from ..train.config import TrainConfig
+from ..train.labels import CLUSTERED
 
 # %% ../../nbs/lab/05_code.ipynb #b7497cc7
 class _Essence(ast.NodeTransformer):
@@ -168,7 +169,7 @@ def unused_rooms(
     cfg: TrainConfig,  # a run's configuration
 ) -> tuple:  # names of modules or folders
     "The parts of the method that a run with this configuration never uses."
-    clusters = cfg.labels.source in ("clusters", "image")
+    clusters = bool(CLUSTERED[cfg.labels.source])
     used = {
         "cluster": clusters,
         "oplm": clusters and cfg.labels.oplm.stages != "none",

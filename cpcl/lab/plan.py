@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LONG', 'NO_MINING', 'ANY_ONE', 'PARTS', 'NAMES', 'BASELINES', 'SECOND_SET', 'MEMORY', 'MATCHING', 'PAIR',
            'CLUSTERING', 'MINING', 'BEYOND', 'TEMPERATURE', 'SUPPORT', 'PARTS_LONG', 'BASELINES_LONG', 'DEFAULTS_LONG',
-           'OLD_BOUND', 'CALIBRATION', 'OLD_CAPTIONS', 'OLD_CPCL', 'FIRST_LOOK', 'PLAN', 'CALIBRATION_GROUNDS', 'GUESS',
-           'Grid', 'long', 'Job', 'jobs_of', 'seconds_per_epoch', 'left_line', 'work_off', 'named_grids', 'main']
+           'OLD_BOUND', 'CALIBRATION', 'OLD_CAPTIONS', 'OLD_CPCL', 'FIRST_LOOK', 'PLAN', 'GUESS', 'Grid', 'long', 'Job',
+           'jobs_of', 'seconds_per_epoch', 'left_line', 'work_off', 'named_grids', 'main']
 
 # %% ../../nbs/lab/08_plan.ipynb #3fb0973d
 import itertools, statistics, sys, time
@@ -21,7 +21,7 @@ from .grid import bench_set, cores, look_up, missing_runs, run_all, run_folder
 from .grid import run_missing, scored, wanted_runs
 from .records import Spec, add_record, by_device, fingerprint, read_records
 from ..encoder import EncoderConfig
-from ..synth.grounds import GROUNDS, ground_set
+from ..synth.grounds import ground_set
 from ..train.environment import device_name
 
 # %% ../../nbs/lab/08_plan.ipynb #607fb036
@@ -205,12 +205,6 @@ PLAN = (  # the most telling first
     *(BEYOND, CALIBRATION, FIRST_LOOK),
 )
 
-# %% ../../nbs/lab/08_plan.ipynb #5b0c7a53
-CALIBRATION_GROUNDS = tuple(
-    Grid({preset: (preset, {}) for preset in ("clip", "clip-itc", "supervised")}, world=name)
-    for name in GROUNDS
-)
-
 # %% ../../nbs/lab/08_plan.ipynb #c15f75e3
 @dataclass(frozen=True)
 class Job:
@@ -333,26 +327,34 @@ def _pace(grids):
 # %% ../../nbs/lab/08_plan.ipynb #6102e6bb
 def named_grids(
     names: list,  # e.g. ["baselines", "parts_long"]; empty: the plan
+    space: dict = None,  # the globals of a module with a PLAN; those of this one if not given
 ) -> tuple:  # of Grid
-    "Grids of this module by name. Raises UserError for a name that is none."
-    grids = {name: value if isinstance(value, tuple) else (value,) for name, value in globals().items()}
-    known = {name.lower(): found for name, found in grids.items() if {*map(type, found)} == {Grid}}
+    "Grids of a module by name. Raises UserError for a name that is none."
+    space = globals() if space is None else space
+    grids = {name: value if isinstance(value, tuple) else (value,) for name, value in space.items()}
+    known = {
+        name.lower(): found
+        for name, found in grids.items()
+        if found and all(isinstance(g, Grid) for g in found)
+    }
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"no grid {unknown[0]!r}, there are: {', '.join(sorted(known))}")
-    return tuple(grid for name in names for grid in known[name]) or PLAN
+    return tuple(grid for name in names for grid in known[name]) or space["PLAN"]
 
 
-def main():
-    "Work off the plan or some of its grids, or say what is left."
+def main(
+    space: dict = None,  # the globals of the module that is asked; those of this one if not given
+):
+    "Work off the plan of a module or some of its grids, or say what is left."
     words = sys.argv[1:]
     flags = {word for word in words if word.startswith("-")}
     if flags - {"--list", "--again"}:
         sys.exit(
-            "python -m cpcl.lab.plan [--list] [--again] [GRID ...]: make every run that the ablations need, "
-            "or those of some grids (baselines, parts, ...), or count them"
+            "python -m cpcl.lab.plan (or cpcl.lab.beyond) [--list] [--again] [GRID ...]: make every run that "
+            "the ablations need, or those of some grids (baselines, parts, ...), or count them"
         )
     try:
-        grids = named_grids([word for word in words if word not in flags])
+        grids = named_grids([word for word in words if word not in flags], space)
         left = work_off(grids, only_list="--list" in flags, again="--again" in flags)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")

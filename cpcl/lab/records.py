@@ -25,7 +25,7 @@ from ..oplm import OPLMConfig
 from ..train import load_run, read_config, read_history, score_split
 from ..train.config import MemoryConfig, TrainConfig, config_dict, config_from
 from ..train.environment import _GIT, _output, environment, own_commit
-from ..train.labels import LabelConfig
+from ..train.labels import CLUSTERED, LabelConfig
 
 # %% ../../nbs/lab/01_records.ipynb #73c81781
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def used_settings(
     if any(hooks):
         return cfg
     labels, hcm, memory, usual = cfg.labels, cfg.hcm, cfg.memory, LabelConfig()
-    if labels.source not in ("clusters", "image"):
-        names = ("image", "caption", "unit", "fuse", "oplm", "confidence")
+    if not CLUSTERED[labels.source]:
+        names = ("image", "caption", "unit", "by_camera", "fuse", "oplm", "confidence")
         labels = replace(labels, **{name: getattr(usual, name) for name in names})
     if labels.source == "none":
         labels = replace(labels, outliers=usual.outliers)

@@ -23,6 +23,7 @@ from ..train.checkpoint import read_history
 from ..train.config import config_dict, dotted
 from ..train.health import ROWS, label_remarks, outlier_alarm
 from ..train.history import EpochRow
+from ..train.labels import CLUSTERED
 from ..viz.curves import label_curves, loss_curves, stage_seconds
 
 # %% ../../nbs/lab/10_report.ipynb #b9cdfaab
@@ -64,10 +65,10 @@ def _label_remarks(story, rows):
             yield row.epoch + 1, line
     for i, row in enumerate(rows, 1):
         reports = [r.labels for r in rows[:i]]
-        if cfg.labels.source not in ("clusters", "image") or not all(reports):
+        if not all(reports):
             continue
         for m in outlier_alarm(reports):
-            if m == "img" or cfg.labels.source == "clusters":
+            if m in CLUSTERED[cfg.labels.source]:
                 name, setting = ROWS[m]
                 remedy = f"a larger labels.{setting}.eps makes clusters"
                 yield row.epoch + 1, f"for three epochs more than 90 % of the {name} were outliers ({remedy})"

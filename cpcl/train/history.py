@@ -58,7 +58,7 @@ class EpochRow:
         known = {name: rest.pop(name) for name in names if name in rest}
         labels = LabelReport(**known) if known else None
         val = {k: rest.pop(k) for k in list(rest) if k.startswith("val_")}
-        judged = ("ari_", "ami_", "rescued_", "right_")
+        judged = ("ari_", "ami_", "precision_", "recall_", "rescued_", "right_")
         quality = {k: rest.pop(k) for k in list(rest) if k.startswith(judged)}
         steps = [rest.pop(name, 0) for name in ("lr", "gradient", "skipped")]
         return cls(epoch, StepMeans(rest, *steps), labels, quality, val, seconds, best, extended)

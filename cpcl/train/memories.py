@@ -104,6 +104,7 @@ class Memories:
     img: PrototypeMemory  # `[K_v, D]`
     txt: PrototypeMemory  # `[K_t, D]`; the same object where both modalities share a table
     weight: torch.Tensor | None = None  # float32 `[M]`, confidence of each pair's labels
+    matched: torch.Tensor | None = None  # int64 `[N]`, who is a match in ICPM; None: as `hcm.match` says
     bank: Bank | None = None  # for `hcm.near`
     visited: np.ndarray | None = None  # int64 caption rows that the epoch visits; None: all
 
@@ -148,8 +149,9 @@ def build_memories(
         protos = [PrototypeMemory(table, mu, cfg.refresh).to(device)] * 2
     else:
         protos = [PrototypeMemory.build(x, y, mu, cfg.refresh, cfg.hard).to(device) for x, y in pairs]
-    weight = None if labels.weight is None else torch.as_tensor(labels.weight).to(device)
-    return Memories(*[y.to(device) for _, y in pairs], *protos, weight)
+    given = labels.weight, labels.matched
+    rest = [None if x is None else torch.as_tensor(x).to(device) for x in given]
+    return Memories(*[y.to(device) for _, y in pairs], *protos, *rest)
 
 
 def no_memories(
@@ -185,6 +187,8 @@ def encode_batch(
     more = {}
     if memories.weight is not None:
         more["weight"] = memories.weight[caption_row]
+    if memories.matched is not None:
+        more["matched"] = memories.matched[image_row]
     if memories.bank is not None:
         more["near"] = memories.bank.near(image_row, caption_row)
     if teacher:

@@ -19,11 +19,12 @@ from ..eval.label_quality import quality_of
 from ..eval.scores import evaluate
 from ..hcm import hcm_loss
 from ..files import write_json
+from .bounds import SOURCES
 from .checkpoint import load_run
 from .compiled import check_compiler
 from .config import make_config
-from .labels import check_rows, epoch_labels
-from .loop import fit, hook_names
+from .labels import CLUSTERED, check_rows, epoch_labels
+from .loop import cameras_asked, fit, hook_names
 from .processes import once, others_needed, shared_features, start_processes
 from .start import check_run, data_facts, extended_config, run_folder, weights_of
 from .trackers import tracker_names
@@ -169,11 +170,12 @@ def _check(cfg, train, truth, root, trackers):
     architecture(cfg.encoder.model, cfg.encoder.image_size)
     if cfg.optim.lora:
         need("peft", "peft")
-    if cfg.labels.source == "person" and truth is None:
-        raise UserError(
-            f"the supervised preset needs people in the annotation, and {root} has none: "
-            "take another --preset"
+    cameras_asked(cfg, train)
+    if cfg.labels.source in ("person", *SOURCES) and truth is None:
+        who = (
+            "the supervised preset" if cfg.labels.source == "person" else f"labels.source={cfg.labels.source}"
         )
+        raise UserError(f"{who} needs people in the annotation, and {root} has none: take another --preset")
 
 # %% ../../nbs/80_train/04_runs.ipynb #ee3448s2
 def _counts(c):
@@ -184,7 +186,7 @@ def _counts(c):
 
 def _say_counts(cfg, train, log):
     "Log which counts the clustering takes, and from what they follow."
-    if cfg.labels.source in ("clusters", "image"):
+    if CLUSTERED[cfg.labels.source]:
         three = [_counts(c) for c in (cfg.labels.image, cfg.labels.caption)]
         per_image = len(train.captions) / len(train.images)
         log(f"clustering, at {per_image:.2g} captions per image: images {three[0]}; captions {three[1]}")
