@@ -6,7 +6,7 @@
 __all__ = ['TOKEN', 'AT_ONCE', 'LONGEST_LIST', 'row_id', 'expression', 'check_address', 'connect', 'MilvusStore']
 
 # %% ../../nbs/search/06_milvus.ipynb #f83b1931
-import functools, hashlib, json, logging, os, warnings
+import contextlib, functools, hashlib, json, logging, os, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +121,14 @@ def _lite(uri):
         )
 
 
+def _end_lite(uri):
+    "End the server of a file, which has not answered: the next one starts anew."
+    from milvus_lite.server_manager import server_manager_instance
+
+    with contextlib.suppress(Exception):  # it may have ended by itself
+        server_manager_instance.release_server(uri)
+
+
 def connect(
     uri: str,  # a file that ends in .db (Milvus Lite), or http(s)://host:port
 ):  # a MilvusClient
@@ -133,12 +141,15 @@ def connect(
             _lite(uri)
         for name in ("pymilvus", "pymilvus.client.grpc_handler", "pymilvus.decorators"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        try:
-            patience = 20 if "://" in uri else 60  # the server of a file may come from a cold disk
-            client = pymilvus.MilvusClient(uri, token=os.environ.get(TOKEN, ""), timeout=patience)
-        except Exception as e:
-            raise UserError(f"no Milvus answers at {printable(uri)}: {_reason(e)}") from None
-    return _Client(client, uri)
+        token = os.environ.get(TOKEN, "")
+        for patience in (20,) if "://" in uri else (20, 60):  # seconds; a file's server may not have come up
+            try:
+                return _Client(pymilvus.MilvusClient(uri, token=token, timeout=patience), uri)
+            except Exception as e:
+                error = e
+                if "://" not in uri:
+                    _end_lite(uri)
+    raise UserError(f"no Milvus answers at {printable(uri)}: {_reason(error)}") from None
 
 # %% ../../nbs/search/06_milvus.ipynb #ccf4ac5c
 AT_ONCE = 1000  # rows per message
