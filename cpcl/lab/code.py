@@ -146,16 +146,27 @@ def _own_imports(tree, module, names, doors):
     return frozenset(filter(None, homes))
 
 
+_READ = {}  # package -> (its sources when they were last read, its modules)
+
+
 def read_modules(
     package=None,  # folder of the package; the imported one if not given
 ) -> dict:  # dotted name without "cpcl." -> Module
     "Every module of cpcl as it is on the disk now, front doors and generated lists left out."
     package = Path(package or cpcl.__path__[0])
-    paths = [p for p in sorted(package.rglob("*.py")) if not p.name.startswith("_")]
+    sources = {p: p.read_text(encoding="utf8") for p in sorted(package.rglob("*.py"))}
+    if _READ.get(package, (None,))[0] != sources:
+        _READ[package] = sources, _modules(package, sources)
+    return dict(_READ[package][1])
+
+
+def _modules(package, sources):
+    "The modules of a package."
+    paths = [p for p in sources if not p.name.startswith("_")]
     names = {".".join(p.relative_to(package).with_suffix("").parts): p for p in paths}
     doors, found = _front_doors(package), {}
     for name, path in names.items():
-        source = path.read_text(encoding="utf8")
+        source = sources[path]
         imports = _own_imports(ast.parse(source), f"cpcl.{name}", names, doors)
         found[name] = Module(_digest(source, f"cpcl.{name}"), imports)
     return found
