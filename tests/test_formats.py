@@ -9,7 +9,7 @@ from PIL import Image
 
 from cpcl.cli import main
 from cpcl.core import UserError
-from cpcl.data import load_person, load_split
+from cpcl.data import load_camera, load_person, load_split
 from cpcl.data.doctor import doctor
 from cpcl.data.images import PixelCache, read_image
 from cpcl.files import digest
@@ -27,7 +27,8 @@ def facts(colours=range(18)):
             pixels = np.full((20, 8, 3), 14 * colours[row], np.uint8)
             captions = [f"person {row // 2} é, {i}", f"he walks, {row}"][: 1 + row % 2]
             name = f"{split}/{i:02} ü.png"
-            rows.append(dict(name=name, split=split, captions=captions, person=f"P{row // 2}", pixels=pixels))
+            who = dict(person=f"P{row // 2}", camera=f"cam {row % 3}")
+            rows.append(dict(name=name, split=split, captions=captions, **who, pixels=pixels))
             row += 1
     return rows
 
@@ -50,15 +51,16 @@ def images(root, rows):
         put(root, r["name"], png(r["pixels"]))
 
 
-def table(rows, mark=",", names=("image", "caption", "person", "split"), below=""):
+def table(rows, mark=",", names=("image", "caption", "person", "split", "camera"), below=""):
     "A table with a line per caption."
     held = io.StringIO()
     lines = csv.writer(held, delimiter=mark)
     lines.writerow(names)
     for r in rows:
         for c in r["captions"]:
-            cells = dict(image=r["name"], caption=c, person=r["person"], split=r["split"])
+            cells = {k: r[k] for k in ("person", "split", "camera")} | dict(image=r["name"], caption=c)
             cells["file_name"], cells["text"] = r["name"].removeprefix(below), c
+            cells["cam"] = r["camera"]
             lines.writerow([cells[n] for n in names])
     return held.getvalue()
 
@@ -80,7 +82,7 @@ def write_tsv(root, rows):
 
 def write_lists(root, rows):
     images(root, rows)
-    keys = ("split", "captions", "person")
+    keys = ("split", "captions", "person", "camera")
     put(
         root,
         "captions.jsonl",
@@ -104,7 +106,7 @@ def write_parquet(root, rows):
 def write_metadata(root, rows):
     "An image folder of Hugging Face with one table."
     images(root, rows)
-    put(root, "metadata.csv", table(rows, names=("file_name", "text", "person")))
+    put(root, "metadata.csv", table(rows, names=("file_name", "text", "person", "camera")))
 
 
 def write_folders(root, rows):
@@ -113,7 +115,9 @@ def write_folders(root, rows):
         mine = [r | dict(name=r["name"].replace("val/", "validation/")) for r in rows if r["split"] == split]
         images(root, mine)
         put(
-            root, f"{name}/metadata.csv", table(mine, names=("file_name", "text", "person"), below=f"{name}/")
+            root,
+            f"{name}/metadata.csv",
+            table(mine, names=("file_name", "text", "person", "cam"), below=f"{name}/"),
         )
 
 
@@ -132,7 +136,7 @@ def write_shards(root, rows):
             with tarfile.open(root / f"{split}-{k:06}.tar", "w") as tar:
                 for r in part:
                     key = r["name"].removesuffix(".png")
-                    said = json.dumps(dict(captions=r["captions"], person=r["person"]))
+                    said = json.dumps({k: r[k] for k in ("captions", "person", "camera")})
                     for kind, content in dict(png=png(r["pixels"]), json=said.encode()).items():
                         info = tarfile.TarInfo(f"{key}.{kind}")
                         info.size = len(content)
@@ -155,21 +159,21 @@ FORMS = {f.__name__.removeprefix("write_"): f for n, f in list(globals().items()
 class Rows(list):
     "A table in memory: a list of dicts."
 
-    column_names = ["image", "captions", "person", "split"]
+    column_names = ["image", "captions", "person", "split", "camera"]
 
 
 def in_memory(rows):
-    keys = ("captions", "person", "split")
+    keys = ("captions", "person", "split", "camera")
     return Rows(dict(image=Image.fromarray(r["pixels"])) | {k: r[k] for k in keys} for r in rows)
 
 
 def seen(root):
-    "What is read of each split: captions, a(j), people, pixels."
+    "What is read of each split: captions, a(j), people, pixels, cameras."
     found = {}
     for split in SPLITS:
         s = load_split(root, split=split)
         pixels = PixelCache(s, (20, 8)).fill().pixels
-        found[split] = s.captions, s.image_of.tolist(), load_person(s), pixels
+        found[split] = s.captions, s.image_of.tolist(), load_person(s), pixels, load_camera(s)
     return found
 
 
@@ -181,15 +185,16 @@ def wanted(tmp_path_factory):
 
 
 def same(a, b, people=True):
-    "Whether two readings are the same. A person is the same if the same images share one."
+    "Whether two readings are the same. A person or camera is the same if the same images share one."
     for split in SPLITS:
-        (captions, rows, who, pixels), other = a[split], b[split]
+        (captions, rows, who, pixels, camera), other = a[split], b[split]
         assert (captions, rows) == other[:2]
         assert np.array_equal(pixels, other[3])
         if people:
             assert pd.factorize(who)[0].tolist() == pd.factorize(other[2])[0].tolist()
+            assert pd.factorize(camera)[0].tolist() == pd.factorize(other[4])[0].tolist()
         else:
-            assert other[2] is None
+            assert other[2] is None and other[4] is None
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -4,7 +4,7 @@ from .._front_door import front_door
 
 __getattr__, __dir__, __all__ = front_door(
     __name__,
-    read="Split detect has_split load_split load_person",
+    read="Split detect has_split load_split load_person load_camera",
     images="read_image PixelCache",
     tokens="tokenize",
     augment="AugmentConfig",

@@ -15,7 +15,7 @@ from ..core import UserError
 from .locate import IMAGE_SUFFIXES
 from .parquet import picture_names, read_picture
 from .parse import check_path
-from .tables import CAPTION_COLUMNS, decoded, named
+from .tables import CAMERA_COLUMNS, CAPTION_COLUMNS, decoded, named
 from ..files import parse_json, printable, short
 
 # %% ../../nbs/10_data/10_shards.ipynb #74a0b090
@@ -175,7 +175,7 @@ def _row(file, kinds):
         said = parse_json(decoded(read_member(file, kinds["json"]), kinds["json"]), kinds["json"])
         if not isinstance(said, dict):
             raise UserError(f"{kinds['json']} must be an object, got {short(said)}")
-        row |= {k: said[k] for k in ("person", "split") if k in said}
+        row |= {k: said[k] for k in ("person", "split", *CAMERA_COLUMNS) if k in said}
         if column := named(said, CAPTION_COLUMNS):
             row["captions"] = said[column]
     if "captions" not in row and "txt" in kinds:
@@ -189,7 +189,7 @@ def _row(file, kinds):
 # %% ../../nbs/10_data/10_shards.ipynb #2f659f5a
 def shard_rows(
     file,  # a tar archive
-):  # yields (key, row), a row of image, captions and perhaps person and split
+):  # yields (key, row), a row of image, captions and perhaps person, split and camera
     "The samples of an archive as rows. Raises UserError if one has no image or no caption."
     for key, kinds in _samples(tar_members(file)).items():
         try:

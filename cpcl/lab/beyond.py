@@ -55,7 +55,7 @@ ADDED = {  # part -> changes of `cpcl`
     "margin": {"hcm.chm": 1.0, "hcm.margin": 0.1},
     "matches by cluster": {"hcm.match": "pseudo"},
     "no mining": NO_MINING,
-    "mining by agreement": {"labels.oplm.least_agreement": 0.5},
+    "mining by agreement": {"labels.oplm.least_agreement": 0.7},
 }
 METHODS = ENDS | {preset: (preset, {}) for preset in ("cpcl", "icpg", "dgcmia", "clpc")}
 SCREEN = on_grounds(METHODS | {name: ("cpcl", changes) for name, changes in ADDED.items()}, seeds=(0,))

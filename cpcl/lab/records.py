@@ -24,7 +24,7 @@ from .carry import carry_over
 from ..oplm import OPLMConfig
 from ..train import load_run, read_config, read_history, score_split
 from ..train.config import MemoryConfig, TrainConfig, config_dict, config_from
-from ..train.environment import _GIT, _output, environment, own_commit
+from ..train.environment import GIT, environment, output_of, own_commit
 from ..train.labels import CLUSTERED, LabelConfig
 
 # %% ../../nbs/lab/01_records.ipynb #73c81781
@@ -178,8 +178,8 @@ def commit_of_code(
         return commit
     root = Path(package or cpcl.__path__[0]).resolve().parent
     everything_else = ("--", ".", ":(exclude)nbs/ablations")
-    status = _output(
-        *_GIT, "status", "--porcelain", "--branch", "--untracked-files=no", *everything_else, cwd=root
+    status = output_of(
+        *GIT, "status", "--porcelain", "--branch", "--untracked-files=no", *everything_else, cwd=root
     )
     clean = len(status.splitlines()) == 1  # the branch; no line at all where git has failed
     return commit.removesuffix("-dirty") if clean else commit

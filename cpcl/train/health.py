@@ -20,7 +20,7 @@ from ..viz import save_figure
 # %% ../../nbs/80_train/07_health.ipynb #2f313856
 ROWS = {"img": ("images", "image"), "txt": ("captions", "caption")}  # in reports and in settings
 UNLIKE = 0.1  # standard deviations: partners less alike than this are strangers
-HALF = 0.5  # agreement below which more mined labels are wrong than right
+HALF = 0.5  # agreement below which mining deserves a look
 
 
 def _chained(report, m, rows):
@@ -54,8 +54,8 @@ def _mined_blindly(report, m):
     if agreement is None or agreement >= HALF:
         return ""
     return (
-        f"mining gives {agreement:.0%} of those with a label their own back: more mined labels are wrong "
-        "than right (labels.oplm.least_agreement=0.5 leaves mining off until it gives half)"
+        f"mining gives {agreement:.0%} of those with a label their own back: much of what it mines may be "
+        "wrong (labels.oplm.least_agreement=0.5 leaves it off until it gives half)"
     )
 
 # %% ../../nbs/80_train/07_health.ipynb #15112d66
