@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['START', 'NO_RESULT', 'essence', 'Module', 'read_modules', 'unused_rooms', 'closure', 'hook_file', 'run_code',
-           'changed_modules']
+           'changed_modules', 'some_of']
 
 # %% ../../nbs/lab/05_code.ipynb #2451f725
 import ast, hashlib
@@ -252,3 +252,16 @@ def changed_modules(
 ) -> tuple:  # names, sorted
     "The modules in which two runs differ: another source, one more, one less."
     return tuple(sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)))
+
+
+def some_of(
+    names,  # of modules or commits
+    most: int = 6,  # that are written out
+) -> str:  # e.g. "hcm, losses" or "core, hcm and 48 more"
+    "Names in a line that stays readable."
+    names = sorted(names)
+    return (
+        ", ".join(names)
+        if len(names) <= most
+        else f"{', '.join(names[: most - 2])} and {len(names) - most + 2} more"
+    )

@@ -22,7 +22,7 @@ from ..core import UserError, cores, repo_root
 from ..files import read_json
 from ..data.read import detect, load_split
 from ..encoder import EncoderConfig
-from .code import changed_modules, read_modules, run_code
+from .code import changed_modules, read_modules, run_code, some_of
 from .records import Record, Spec, add_record, fingerprint, make_record, read_records
 from .records import used_settings
 from ..synth.dataset import SynthWorld, checksum, drawn_once
@@ -198,9 +198,9 @@ def _stale_line(found, wanted):
         f"{name} (seed {' '.join(str(r.seed) for r in stale if r.name == name)})"
         for name in dict.fromkeys(r.name for r in stale)
     )
-    modules = sorted({m for r in stale for m in r.changed})
-    commits = sorted({r.code_commit for r in stale})
-    return f"stale: {rows}: {', '.join(modules)} changed since commit {', '.join(commits)}"
+    modules = {m for r in stale for m in r.changed}
+    commits = {r.code_commit for r in stale}
+    return f"stale: {rows}: {some_of(modules)} changed since commit {some_of(commits)}"
 
 
 def _train_line(lacking, beside, found, device):

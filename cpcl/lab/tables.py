@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..eval.intervals import difference_interval, share_interval, welch_interval
 from ..eval.scores import METRICS
+from .code import some_of
 from .records import by_device, query_scores
 
 # %% ../../nbs/lab/02_tables.ipynb #e74921e2
@@ -23,7 +24,7 @@ STALE = "†"  # marks a row of stale records
 
 
 def _commits(found):
-    return f"commit{'s' * (len(found) > 1)} {', '.join(sorted(found))}"
+    return f"commit{'s' * (len(found) > 1)} {some_of(found)}"
 
 
 def stale_note(
@@ -31,7 +32,7 @@ def stale_note(
 ) -> str:  # a line, empty if none is stale
     "Which modules have changed since the stale ones among some records were made."
     stale = [r for r in records if r.changed]
-    modules = ", ".join(sorted({m for r in stale for m in r.changed}))
+    modules = some_of({m for r in stale for m in r.changed})
     commits = _commits({r.code_commit for r in stale})
     line = f"{STALE} stale: {modules} changed since {commits}. CPCL_RUN=1 trains these runs again."
     return line if stale else ""
