@@ -312,7 +312,10 @@ def work_off(
         add_record(job.grid.records_file, record)
         done += job.epochs
         pace = (time.perf_counter() - start) * at_once / done
-        log(f"{scored(record)}. {left_line(list(todo.values()), total, pace, at_once)}", flush=True)
+        log(
+            f"{job.grid.name}: {scored(record)}. {left_line(list(todo.values()), total, pace, at_once)}",
+            flush=True,
+        )
     return len(todo)
 
 
