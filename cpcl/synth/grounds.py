@@ -51,7 +51,7 @@ class Ground:
 _GROUNDS = (
     Ground("harbour-small", "harbour", 450, 3001, (5, 7), 2, 8, 1.2, 20, 0.5, (270, 20, 160)),
     Ground("harbour-ferry", "harbour", 640, 3002, (3, 3), 2, 4, 0.4, 4, 3.0, (460, 20, 160)),
-    Ground("harbour-port", "harbour", 3000, 3003, (2, 4), 1, 12, 1.0, 8, 1.0, (900, 100, 2000), "final"),
+    Ground("harbour-port", "harbour", 2000, 3003, (2, 4), 1, 12, 1.0, 8, 1.0, (1500, 100, 400), "final"),
     Ground("festival-crew", "festival", 340, 3004, (8, 10), 2, 12, 0.5, 12, 1.0, (160, 20, 160)),
     Ground("festival-gate", "festival", 900, 3005, (2, 2), 3, 2, 1.0, 4, 3.0, (650, 100, 150)),
     Ground("festival-night", "festival", 800, 3006, (3, 5), 2, 6, 1.4, 15, 0.5, (500, 60, 240), "final"),
