@@ -72,7 +72,7 @@ PLAN = (*CALIBRATION_GROUNDS, *SCREEN, *BOUNDS)
 def over_grounds(
     grids: tuple,  # of Grid, with the same rows
     base: str = "cpcl",  # the row that others are compared with
-    ends: tuple = ("clip", "supervised"),  # 0 and 1 of the way
+    ends: tuple = ("clip", "supervised"),  # 0 and 1 of the way; empty: no way
     groups: list = None,  # a list of Record for each grid; those of the grids if not given
 ) -> pd.DataFrame:  # one row per method; seeds, difference in R1 and mAP, rank, way closed, over all grids
     "Methods on several sets at once. Rows without a record on each set are left out."
@@ -90,7 +90,7 @@ def over_grounds(
             sets = [(own[base], own[name], who) for own, who in zip(runs, people)]
             row |= {m: signed(*mean_difference_interval(sets)[m]) for m in ("R1", "mAP")}
         row["rank"] = round(float(rank), 1)
-        if set(ends) <= set(names):
+        if ends and set(ends) <= set(names):
             sets = [(own[ends[0]], own[name], own[ends[1]], who) for own, who in zip(runs, people)]
             way = pooled_share_interval(sets)
             row |= {f"way {m}": round(way[m][0], 2) for m in ("R1", "mAP")}

@@ -145,7 +145,7 @@ def _own_imports(tree, module, names, doors):
     homes = (_home(source, name, names, doors) for source, name in own)
     return frozenset(filter(None, homes))
 
-
+# %% ../../nbs/lab/05_code.ipynb #44c35e5d
 _READ = {}  # package -> (its sources when they were last read, its modules)
 
 

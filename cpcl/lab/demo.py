@@ -45,10 +45,11 @@ def _set_in_cache():
         raise UserError("no cache folder for the sample set: set XDG_CACHE_HOME to a folder's full path")
     root = cache / f"sample-{cpcl.__version__}" / "mini"
     try:
-        return drawn_once(root, lambda line: print(line, file=sys.stderr), **MINI)
+        root.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         why = f"cannot write the sample set in {printable(root.parent)} ({e.strerror})"
         raise UserError(f"{why}: set XDG_CACHE_HOME to another folder") from None
+    return drawn_once(root, lambda line: print(line, file=sys.stderr), **MINI)
 
 # %% ../../nbs/lab/03_demo.ipynb #12da20a6
 def ranked_picture(

@@ -264,6 +264,22 @@ def write_synth(
     return out
 
 
+def _write(world, out, layout, split, quality, with_camera):
+    "Write the description, the images, then the annotation."
+    how = LAYOUTS[layout]
+    with atomic_path(out / "synth.json") as t:
+        t.write_text(json.dumps(describe(world, split, layout, with_camera), indent=1))
+    rows = []
+    for r in progress(range(len(world)), "drawing pedestrians", unit="image"):
+        rows.append(record(world, r, layout, split[r], with_camera))
+        path = out / "imgs" / rows[-1][how.path_key]
+        if r == 0 or not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        world.image(r).save(path, quality=quality, optimize=True)
+    with atomic_path(out / how.annotation) as t:
+        t.write_text(json.dumps(rows, separators=(",", ":")))
+
+# %% ../../nbs/synth/11_dataset.ipynb #4b220fb2
 def is_drawn(
     root,  # folder
 ) -> bool:
@@ -283,26 +299,17 @@ def drawn_once(
     root = Path(root)
     if is_drawn(root):
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(root.parent / f".{root.name}.lock"):
+    lock = filelock.FileLock(root.parent / f".{root.name}.lock")
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as e:
+        raise UserError(f"cannot write in {printable(root.parent)} ({e.strerror})") from None
+    try:
         if not is_drawn(root):
             if log:
                 log(f"drawing the set {root.name} into {printable(root)}, this once")
             write_synth(root, **how)
+    finally:
+        lock.release()
     return root
-
-
-def _write(world, out, layout, split, quality, with_camera):
-    "Write the description, the images, then the annotation."
-    how = LAYOUTS[layout]
-    with atomic_path(out / "synth.json") as t:
-        t.write_text(json.dumps(describe(world, split, layout, with_camera), indent=1))
-    rows = []
-    for r in progress(range(len(world)), "drawing pedestrians", unit="image"):
-        rows.append(record(world, r, layout, split[r], with_camera))
-        path = out / "imgs" / rows[-1][how.path_key]
-        if r == 0 or not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-        world.image(r).save(path, quality=quality, optimize=True)
-    with atomic_path(out / how.annotation) as t:
-        t.write_text(json.dumps(rows, separators=(",", ":")))

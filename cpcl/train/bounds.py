@@ -31,7 +31,7 @@ def substituted(
     cfg: LabelConfig,  # with a source of SOURCES
     log=None,  # receives a line for each clustering
 ) -> Labels:
-    "Labels of which one part is the truth; reads identities. Raises UserError where nobody is known."
+    "Labels of which one part is the truth, which reads identities. Raises UserError where nobody is known."
     if truth is None:
         raise UserError(f"labels.source={cfg.source} needs people in the annotation, and there are none")
     true = np.unique(truth(), return_inverse=True)[1].astype(np.int64)

@@ -66,7 +66,7 @@ class Labels:
         "The labels of the clustering alone."
         return self.clustered or (self.img, self.txt)
 
-
+# %% ../../nbs/80_train/01_labels.ipynb #22f2ec41
 @dataclass(frozen=True)
 class LabelReport:
     "Labels in numbers, for the history of a run."
@@ -210,7 +210,7 @@ def mined_labels(
     weight = pair_agreement(*mined, image_of) if cfg.confidence else None
     return Labels(*mined, clustered=tuple(before), weight=weight)
 
-
+# %% ../../nbs/80_train/01_labels.ipynb #01c955d6
 def cluster_both(
     features: Features,  # of every image and caption
     cfg: LabelConfig,  # what is clustered, and how
