@@ -79,9 +79,10 @@ def over_grounds(
     groups = [grid.records()[0] for grid in grids] if groups is None else groups
     people = [grid.query_person() for grid in grids]
     runs = [_by_name(records) for records in groups]
-    names = [name for name in grids[0].rows if all(own.get(name) for own in runs)]
-    if not names or base not in names:
-        return pd.DataFrame()
+    rows = grids[0].rows if grids else ()
+    names = [name for name in rows if all(own.get(name) for own in runs)]
+    if base not in names:
+        return pd.DataFrame(columns=["seeds", "R1", "mAP", "rank"])
     ranks = np.mean([_ranks([own[name] for name in names]) for own in runs], 0)
     table = {}
     for name, rank in zip(names, ranks):
