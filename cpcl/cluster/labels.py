@@ -138,7 +138,7 @@ def distances_of(
         graph_of = jaccard_graph if cfg.consensus == 1 else consensus_graph
         return graph_of(neighbours, array_of(features), cfg.k1, cfg.k2, largest)
 
-
+# %% ../../nbs/30_cluster/00_labels.ipynb #89b9a155
 def pseudo_labels(
     features,  # `[N, D]` float32 unit rows of one modality: an array, or a tensor, searched on its device
     k1: int | str = 30,  # neighbours per row, itself included; "auto" chooses k2 and min_samples, too
