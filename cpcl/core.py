@@ -167,6 +167,11 @@ class _Lines(plain_tqdm):
     def clear(self, nolock=False):
         "Nothing has to be removed."
 
+    def __del__(self):
+        "A signal in this moment has its own line: no second one about an ignored exception."
+        with contextlib.suppress(BaseException):
+            super().__del__()
+
 
 def progress(
     iterable=None,  # what to iterate over; None for a bar moved by hand with `.update()`

@@ -1,6 +1,7 @@
 "What users take for granted elsewhere: settings in a file, completion, pipes, trackers, more epochs."
 
 import contextlib, io, json, os, shutil, signal, stat, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -182,6 +183,18 @@ def test_more_epochs_with_the_same_bits(base, tmp_path, how):
 def base_factors(base, steps):
     optim = read_config(base / "run").optim
     return [rate_at(optim, epoch, step, steps) for epoch in range(optim.epochs) for step in range(steps)]
+
+
+def test_the_warm_up_of_an_extended_run_is_said(base):
+    "From Python, too, another warm-up than the run's is not dropped without a word."
+    from cpcl.train.runs import _continued
+
+    cfg, said = read_config(base / "run"), []
+    for warmup, lines in ((cfg.optim.warmup, 0), (3.0, 0), (0.25, 1)):  # 3: as the epochs limited it
+        asked = replace(cfg, optim=replace(cfg.optim, epochs=4, warmup=warmup))
+        longer = _continued(base / "run", asked, True, "stretch", said.append)
+        assert longer.optim.warmup == cfg.optim.warmup and len(said) == lines
+    assert said == ["note: an extended run keeps its warm-up, here 1 epochs, where 0.25 are asked for"]
 
 
 def test_more_epochs_of_nothing(base, tmp_path):

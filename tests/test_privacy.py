@@ -1,6 +1,6 @@
 "The search page keeps nothing, answers nobody else, and lets nobody keep the others waiting."
 
-import contextlib, html, http.client, json, os, re, signal, socket
+import asyncio, contextlib, html, http.client, json, os, re, signal, socket
 import stat, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 from unittest import mock
@@ -12,7 +12,7 @@ pytest.importorskip("gradio", reason="the page needs gradio")
 
 from cpcl.encoder import EncoderConfig, load_encoder, save_encoder  # noqa: E402
 from cpcl.search import Index, serve  # noqa: E402
-from cpcl.search.app import MOST  # noqa: E402
+from cpcl.search.app import MOST, Server, _protocol, listen  # noqa: E402
 from cpcl.search.private import PRIVATE, sweep  # noqa: E402
 from cpcl.train import make_config  # noqa: E402
 from cpcl.train.start import start_run  # noqa: E402
@@ -477,6 +477,37 @@ def test_one_client_cannot_starve_the_others(index, scratch, slow_search, source
         assert statuses.count(429) > n // 2 and statuses.count(200) <= n // 2
         assert statuses.count(0) <= n - MOST + 20, statuses.count(0)
     promise("One client of the search page cannot starve the others", n)
+
+
+def test_refusals_that_are_not_yet_written_close_nobody(monkeypatch):
+    "Where every connection of an address waits, the next one waits with them and is not closed."
+    monkeypatch.setitem(_protocol.__globals__, "MOST", 4)
+    waiting, go = threading.Semaphore(0), threading.Event()
+
+    async def app(scope, receive, send):
+        "Refuses once all are there, and answers the browser at once."
+        if scope["path"] == "/flood":
+            waiting.release()
+            while not go.is_set():
+                await asyncio.sleep(0.01)
+        await send({"type": "http.response.start", "status": 429 if scope["path"] == "/flood" else 200})
+        await send({"type": "http.response.body", "body": b"answered"})
+
+    sock = listen("127.0.0.1", 0)
+    server = Server(app, sock)
+    server.start()
+    try:
+        port = sock.getsockname()[1]
+        flood = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(4)]
+        for s in flood:
+            s.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert waiting.acquire(timeout=20)
+        threading.Timer(0.3, go.set).start()
+        assert Visitor(port).request("GET", "/") == (200, mock.ANY, b"answered")
+        assert sum(status_of(s) == 0 for s in flood) <= 1  # the oldest made room
+    finally:
+        go.set()
+        server.close()
 
 
 @pytest.mark.skipif(not can_use("127.0.0.2"), reason="no second loopback address")

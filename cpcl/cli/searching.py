@@ -124,6 +124,7 @@ def _check_files(asked):
 def _many(asked, index, filters):
     "Find and write the hits of all queries of a `Search`. Returns the exit status."
     from cpcl.data import read_image
+    from cpcl.files import printable
     from cpcl.search.queries import Query, read_queries, search_all
 
     queries = read_queries(asked.queries) if asked.queries else [Query("1", asked.query, 1)]
@@ -131,6 +132,8 @@ def _many(asked, index, filters):
     how = dict(k=asked.k, where=filters, without=(asked.without,) if asked.without else ())
     how["image"] = (asked.image or None) if known else read_image(asked.image)
     _note(*search_all(index, queries, asked.out, asked.json, asked.queries, **how))
+    if asked.out:
+        print(f"wrote {printable(asked.out)}")
     return 0
 
 # %% ../../nbs/cli/03_searching.ipynb #2b2d7435

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from .jaccard import jaccard_graph
+from .knn import itself_last
 
 # %% ../../nbs/30_cluster/11_consensus.ipynb #92e0d350
 def consensus_counts(
@@ -28,14 +29,6 @@ def consensus_counts(
 HELD = 0.9  # Jaccard distances above this count as 1
 
 
-def _first(neighbours, k):
-    "The first k neighbours. A row with more copies than that takes the last place, as `knn` does it."
-    near, rows = neighbours[:, :k].copy(), np.arange(len(neighbours))
-    missing = ~(near == rows[:, None]).any(1)
-    near[missing, -1] = rows[missing]
-    return near
-
-
 def consensus_graph(
     neighbours: np.ndarray,  # int `[N, >=2 k1]` from `knn`, or fewer columns if there are fewer rows
     features: np.ndarray,  # `[N, D]` float32 unit rows, the same
@@ -48,7 +41,9 @@ def consensus_graph(
         raise ValueError(f"eps must be at most {HELD}: distances above it are not known, got {eps}")
     total, counts = csr_array((len(neighbours),) * 2), consensus_counts(k1, k2, len(neighbours))
     for a, b in counts:
-        graph = jaccard_graph(_first(neighbours, a), features, a, b, HELD)
+        near = neighbours[:, :a].copy()
+        itself_last(near)  # a row with more copies than that
+        graph = jaccard_graph(near, features, a, b, HELD)
         graph.data = 1 - graph.data
         total = total + graph
     near = total.tocoo()

@@ -145,9 +145,11 @@ def _follow(file, proof: Record, wanted, note):
 
 # %% ../../nbs/lab/11_repeat.ipynb #44968fff
 def main():
-    "Repeat the stale rows of the plan, or of some grids."
+    "Repeat the stale rows of the plan, or of some grids, those over the grounds among them."
+    from cpcl.lab import beyond, plan
+
     try:
-        differ = repeat(named_grids(sys.argv[1:]))
+        differ = repeat(named_grids(sys.argv[1:], vars(beyond) | vars(plan)))
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

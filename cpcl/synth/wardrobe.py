@@ -120,7 +120,7 @@ def footwear(
         middle = x + (0.028 if long > 0.03 else 0)
         pen.box(middle - long, y + 0.024, middle + long, y + 0.05, darker(rgb, 0.6))
 
-
+# %% ../../nbs/synth/04_wardrobe.ipynb #1a3e3cde
 def baggage(
     pen: Pen,  # to draw with
     kind: str,  # bum bag, duffel bag or toolbox; anything else draws nothing

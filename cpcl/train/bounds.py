@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..core import UserError
+from ..eval.label_quality import majority
 from cpcl.train.labels import (
     CLUSTERED,
     Features,
@@ -50,10 +51,7 @@ def rescued(
 ) -> np.ndarray:  # int64 `[n]`
     "Outliers in the largest cluster whose rows are mostly of their own identity: perfect mining."
     clean, out = labels >= 0, labels.copy()
-    cells, votes = np.unique(np.stack([labels[clean], true[clean]]), axis=1, return_counts=True)
-    order = np.lexsort((cells[1], -votes, cells[0]))
-    clusters, first = np.unique(cells[0][order], return_index=True)
-    owner, own_rows = cells[1][order][first], votes[order][first]
+    clusters, owner, own_rows = majority(labels[clean], true[clean])
     home = {}
     for cluster in np.lexsort((clusters, -own_rows)):
         home.setdefault(int(owner[cluster]), int(clusters[cluster]))

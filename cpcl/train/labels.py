@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOTH', 'CLUSTERED', 'likeness', 'Features', 'Labels', 'LabelReport', 'label_report', 'fuse_pairs', 'LabelConfig',
-           'check_rows', 'epoch_labels', 'mined_labels', 'cluster_both', 'true_labels', 'as_labels']
+           'check_rows', 'epoch_labels', 'mined_labels', 'cluster_both', 'known_cameras', 'true_labels', 'as_labels']
 
 # %% ../../nbs/80_train/01_labels.ipynb #5f0b0b52
 from dataclasses import dataclass
@@ -227,7 +227,7 @@ def cluster_both(
 
     img, txt, image_of = features.img, features.txt, features.image_of
     if cfg.by_camera:
-        img = without_cameras(img, _known(features.camera))
+        img = without_cameras(img, known_cameras(features.camera))
     if cfg.fuse:
         img, txt = fuse_pairs(img, txt, image_of, cfg.fuse)
     found = [None, None]
@@ -238,11 +238,15 @@ def cluster_both(
     return found
 
 
-def _known(camera):
+def known_cameras(
+    camera,  # int64 `[N]`, or None
+    where: str = "",  # the annotation is, for the message
+) -> np.ndarray:  # the same
     "The cameras, if they are known. Raises UserError."
     if camera is None:
         raise UserError(
-            "labels.by_camera needs the camera of every training image: give the annotation a column camera"
+            "labels.by_camera needs the camera of every training image: "
+            f"give the annotation{where} a column camera"
         )
     return camera
 

@@ -36,6 +36,7 @@ from cpcl.train.labels import (
     check_rows,
     epoch_labels,
     fuse_pairs,
+    known_cameras,
     label_report,
     true_labels,
 )
@@ -198,13 +199,7 @@ def cameras_asked(
     "Which camera took each training image, if `labels.by_camera` asks. Raises UserError where it is unknown."
     if not cfg.labels.by_camera:
         return None
-    camera = load_camera(train)
-    if camera is None:
-        raise UserError(
-            f"labels.by_camera needs the camera of every training image: give the annotation in {train.root} "
-            "a column camera"
-        )
-    return camera
+    return known_cameras(load_camera(train), f" in {train.root}")
 
 
 def _features(encoder, train, pixels, workers, device, half, watch, camera):

@@ -130,7 +130,7 @@ class Memories:
         self.img.update(batch.img, batch.labels_img, taken=taken)
         self.txt.update(batch.txt, batch.labels_txt, taken=taken)
 
-
+# %% ../../nbs/80_train/19_memories.ipynb #6fd22ef4
 def build_memories(
     features: Features,  # of every image and caption
     labels: Labels,  # of both modalities

@@ -26,6 +26,7 @@ from .config import make_config
 from .labels import CLUSTERED, check_rows, epoch_labels
 from .loop import cameras_asked, fit, hook_names
 from .processes import once, others_needed, shared_features, start_processes
+from .schedule import planned_epochs
 from .start import check_run, data_facts, extended_config, run_folder, weights_of
 from .trackers import tracker_names
 
@@ -123,7 +124,10 @@ def train_run(
     first = accelerator.is_main_process
     check_compiler(cfg.optim, accelerator.device)
     data = data_facts(train, **held_out)
-    names, grown = hook_names(cfg, loss, labels), once(lambda: _continued(run, cfg, resume, extend).optim)
+    names, grown = (
+        hook_names(cfg, loss, labels),
+        once(lambda: _continued(run, cfg, resume, extend, log).optim),
+    )
     if grown.extended:  # nothing else comes from the first process: what differs is found in `fit`
         longer = replace(cfg.optim, extended=grown.extended, warmup=grown.warmup)
         cfg = replace(cfg, optim=longer)
@@ -152,7 +156,7 @@ def _result(run, train, held_out, caches, **facts):
     return result
 
 
-def _continued(run, cfg, resume, extend):
+def _continued(run, cfg, resume, extend, log):
     "The configuration of a run, with the epochs that are added to it. Raises UserError."
     if extend not in ("", "constant", "stretch"):
         raise UserError(f"extend must be constant or stretch, got {extend!r}")
@@ -160,7 +164,13 @@ def _continued(run, cfg, resume, extend):
         raise UserError(
             f"--extend {extend} adds epochs to a run that is continued: give --resume and --epochs"
         )
-    return extended_config(run, cfg, extend) if resume else cfg
+    if not resume:
+        return cfg
+    longer = extended_config(run, cfg, extend)
+    asked, kept = cfg.optim.warmup, longer.optim.warmup
+    if kept not in (asked, min(asked, planned_epochs(longer.optim) / 2)):  # as --epochs limited it at first
+        log(f"note: an extended run keeps its warm-up, here {kept:g} epochs, where {asked:g} are asked for")
+    return longer
 
 
 def _check(cfg, train, truth, root, trackers):
