@@ -479,35 +479,62 @@ def test_one_client_cannot_starve_the_others(index, scratch, slow_search, source
     promise("One client of the search page cannot starve the others", n)
 
 
-def test_refusals_that_are_not_yet_written_close_nobody(monkeypatch):
-    "Where every connection of an address waits, the next one waits with them and is not closed."
-    monkeypatch.setitem(_protocol.__globals__, "MOST", 4)
-    waiting, go = threading.Semaphore(0), threading.Event()
+@pytest.fixture
+def waiting_page(monkeypatch):
+    "(port, release): a page for four connections of a sender; /flood is answered after `release()`."
+    for name, value in dict(MOST=4, ROOM_SECONDS=1).items():
+        monkeypatch.setitem(_protocol.__globals__, name, value)
+    go = threading.Event()
 
     async def app(scope, receive, send):
-        "Refuses once all are there, and answers the browser at once."
-        if scope["path"] == "/flood":
-            waiting.release()
-            while not go.is_set():
-                await asyncio.sleep(0.01)
-        await send({"type": "http.response.start", "status": 429 if scope["path"] == "/flood" else 200})
+        "Lets those who ask for /flood wait, refuses them in the end, and answers others at once."
+        flood = scope["path"] == "/flood"
+        while flood and not go.is_set():
+            await asyncio.sleep(0.01)
+        await send({"type": "http.response.start", "status": 429 if flood else 200})
         await send({"type": "http.response.body", "body": b"answered"})
 
     sock = listen("127.0.0.1", 0)
     server = Server(app, sock)
     server.start()
-    try:
-        port = sock.getsockname()[1]
-        flood = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(4)]
-        for s in flood:
-            s.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert waiting.acquire(timeout=20)
-        threading.Timer(0.3, go.set).start()
-        assert Visitor(port).request("GET", "/") == (200, mock.ANY, b"answered")
-        assert sum(status_of(s) == 0 for s in flood) <= 1  # the oldest made room
-    finally:
-        go.set()
-        server.close()
+    yield sock.getsockname()[1], go.set
+    go.set()
+    server.close()
+
+
+def wait_in_line(port, n):
+    "Connections that have asked and are not answered."
+    sockets = []
+    for _ in range(n):
+        sockets.append(socket.create_connection(("127.0.0.1", port), timeout=20))
+        sockets[-1].sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+    time.sleep(0.3)  # they are being answered
+    return sockets
+
+
+def test_refusals_that_are_not_yet_written_close_nobody(waiting_page):
+    "Where every connection of an address waits, the next one waits with them and is not closed."
+    port, release = waiting_page
+    flood = wait_in_line(port, 4)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as browser:
+        time.sleep(0.3)
+        release()
+        browser.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200" in browser.recv(64)
+    assert sum(status_of(s) == 0 for s in flood) <= 1  # the oldest made room
+
+
+def test_nobody_waits_for_room_without_end(waiting_page):
+    "One too many is closed after a while where nothing is answered, and at once where as many again wait."
+    port, _ = waiting_page
+    flood, start = wait_in_line(port, 4), time.monotonic()
+    assert status_of(socket.create_connection(("127.0.0.1", port), timeout=20)) == 0
+    assert time.monotonic() - start > 0.9
+    more, start = wait_in_line(port, 4), time.monotonic()
+    assert status_of(socket.create_connection(("127.0.0.1", port), timeout=20)) == 0
+    assert time.monotonic() - start < 0.6  # before the first of `more` is closed
+    for s in (*flood, *more):
+        s.close()
 
 
 @pytest.mark.skipif(not can_use("127.0.0.2"), reason="no second loopback address")
