@@ -42,7 +42,7 @@ def consensus_graph(
     total, counts = csr_array((len(neighbours),) * 2), consensus_counts(k1, k2, len(neighbours))
     for a, b in counts:
         near = neighbours[:, :a].copy()
-        itself_last(near)  # a row with more copies than that
+        itself_last(near)  # a row with more than `a` copies may have lost its place
         graph = jaccard_graph(near, features, a, b, HELD)
         graph.data = 1 - graph.data
         total = total + graph
