@@ -152,7 +152,7 @@ def _report(table, sources, journal, unread, log):
     looked = f"{frames:,} photographs and frames of {len(sources):,} files"
     log(f"{len(table):,} crops of {looked} in {printable(journal.out)}")
     if not len(table):
-        log("nobody was found: a smaller --min-score or --min-height finds more")
+        log("nobody was found: a smaller --min-score or --min-height, with another --out, finds more")
 
 
 def crop_people(
