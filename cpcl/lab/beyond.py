@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..eval.intervals import mean_difference_interval, pooled_share_interval
 from . import plan
-from .plan import NO_MINING, Grid
+from .grids import NO_MINING, Grid
 from .records import query_scores
 from .tables import signed
 from ..synth.grounds import GROUNDS

@@ -21,12 +21,11 @@ from ..hcm import hcm_loss
 from ..files import write_json
 from .bounds import SOURCES
 from .checkpoint import load_run
-from .compiled import check_compiler
 from .config import make_config
 from .labels import CLUSTERED, check_rows, epoch_labels
-from .loop import cameras_asked, fit, hook_names
-from .processes import once, others_needed, shared_features, start_processes
-from .schedule import planned_epochs
+from .loop import cameras_asked, fit, hook_names, join_training
+from .processes import once, others_needed, shared_features
+from .schedule import planned_epochs, warmup_within
 from .start import check_run, data_facts, extended_config, run_folder, weights_of
 from .trackers import tracker_names
 
@@ -120,17 +119,11 @@ def train_run(
 
     quality, truth = identity_calls(train)
     _check(cfg, train, truth, root, trackers)
-    accelerator, _ = start_processes(cfg.optim.precision, cfg.optim.deterministic)
+    accelerator, _ = join_training(cfg.optim)
     first = accelerator.is_main_process
-    check_compiler(cfg.optim, accelerator.device)
     data = data_facts(train, **held_out)
-    names, grown = (
-        hook_names(cfg, loss, labels),
-        once(lambda: _continued(run, cfg, resume, extend, log).optim),
-    )
-    if grown.extended:  # nothing else comes from the first process: what differs is found in `fit`
-        longer = replace(cfg.optim, extended=grown.extended, warmup=grown.warmup)
-        cfg = replace(cfg, optim=longer)
+    names = hook_names(cfg, loss, labels)
+    cfg = _grown(cfg, once(lambda: _continued(run, cfg, resume, extend, log).optim))
     once(lambda: check_run(run, cfg, data | dict(weights=weights_of(cfg.encoder)), resume, names))
     caches = {s: _cache(split, cfg.encoder, cache) for s, split in (held_out | {"train": train}).items()}
     if first:
@@ -168,9 +161,16 @@ def _continued(run, cfg, resume, extend, log):
         return cfg
     longer = extended_config(run, cfg, extend)
     asked, kept = cfg.optim.warmup, longer.optim.warmup
-    if kept not in (asked, min(asked, planned_epochs(longer.optim) / 2)):  # as --epochs limited it at first
-        log(f"note: an extended run keeps its warm-up, here {kept:g} epochs, where {asked:g} are asked for")
+    if kept not in (asked, warmup_within(asked, planned_epochs(longer.optim))):  # as --epochs limited it
+        log(f"note: an extended run keeps its warm-up, here {kept:g} epochs, not {asked:g}")
     return longer
+
+
+def _grown(cfg, optim):
+    "A configuration with the epochs that the first process found added. What else differs is found in `fit`."
+    if not optim.extended:
+        return cfg
+    return replace(cfg, optim=replace(cfg.optim, extended=optim.extended, warmup=optim.warmup))
 
 
 def _check(cfg, train, truth, root, trackers):
