@@ -96,7 +96,7 @@ def fit(
             loader = _pairs(cfg, train, encoder, epoch, pixels, workers, memories, accelerator)
             with watch("steps"), _bad_batches_saved(run, train), step_products(cfg.optim, device):
                 steps = train_epoch(model, state.optimizer, loader, memories, cfg, accelerator, epoch, **how)
-            history.append(_row(history, steps, judged, _validated(validate, encoder, watch), watch, cfg))
+            history.append(_row(history, steps, judged, _validated(validate, state.kept, watch), watch, cfg))
             once(lambda: save_epoch(run, state, history, writer))
             log(epoch_line(history[-1], cfg.optim.epochs))
         return history

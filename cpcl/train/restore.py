@@ -33,11 +33,17 @@ class TrainState:
     optimizer: torch.optim.Adam  # of its parameters
     scaler: Scaler  # of float16; does nothing for others
     teacher: Teacher | None = None  # a mean of the encoder's weights; None: the run has none
+    keep: str = "student"  # or "teacher": whose weights are scored and kept
 
     @property
     def reader(self):  # an Encoder
         "Whose features are clustered: the teacher's where there is one (CLPC)."
         return self.teacher.encoder if self.teacher else self.encoder
+
+    @property
+    def kept(self):  # an Encoder
+        "Whose weights are scored and kept."
+        return self.teacher.encoder if self.keep == "teacher" else self.encoder
 
 
 def fresh_state(
@@ -51,7 +57,8 @@ def fresh_state(
     encoder = (encoder.double() if cfg.optim.precision == "fp64" else encoder).to(device)
     prepare_towers(encoder, cfg.optim.freeze, cfg.optim.lora, cfg.optim.checkpointing, log)
     teacher = Teacher(encoder, cfg.memory.teacher) if cfg.memory.teacher else None
-    return TrainState(encoder, build_optimizer(encoder, cfg.optim), Scaler(half, device), teacher)
+    optimizer, scaler = build_optimizer(encoder, cfg.optim), Scaler(half, device)
+    return TrainState(encoder, optimizer, scaler, teacher, cfg.memory.keep)
 
 # %% ../../nbs/80_train/23_restore.ipynb #b81c1693
 def save_epoch(
@@ -64,9 +71,9 @@ def save_epoch(
     row = history[-1]
     best = history[row.best_epoch].val.get("val_mAP")
     rows = [r.as_dict() for r in history]
-    save_encoder(state.encoder, run / "last.safetensors", epoch=row.epoch)
+    save_encoder(state.kept, run / "last.safetensors", epoch=row.epoch)
     if row.best_epoch == row.epoch:
-        save_encoder(state.encoder, run / "best.safetensors", epoch=row.epoch)
+        save_encoder(state.kept, run / "best.safetensors", epoch=row.epoch)
     write_history(run, rows)
     facts = dict(epoch=row.epoch + 1, best=best, history=rows) | state.scaler.facts()
     teacher = state.teacher and state.teacher.encoder
@@ -91,7 +98,7 @@ def restore(
     fill_state(tensors, state.encoder, state.optimizer, state.teacher and state.teacher.encoder)
     state.scaler.fill(facts)
     history = _history(facts, run)
-    once(lambda: _repair(run, state.encoder, history))
+    once(lambda: _repair(run, state.kept, history))
     return history
 
 
