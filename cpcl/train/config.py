@@ -269,6 +269,7 @@ def make_config(
     seed: int = 0,  # of the run
     changes: dict = None,  # last word: dotted field name -> value
     captions: int = 0,  # its training captions; 0: as many per image as the data set is known for, or two
+    cameras: bool = True,  # whether the data say which camera took an image; a preset does not ask in vain
 ) -> TrainConfig:  # the whole configuration
     "A whole configuration: schedule, data, preset, then changes, in this order. Raises UserError."
     if preset not in PRESETS:
@@ -283,7 +284,8 @@ def make_config(
     if data == "own" and images >= SMALL_SET and unit != "pair" and not COUNT_NAMES & set(changes or {}):
         by_data["labels.image.k1"] = "auto"
     given = {"encoder.resize": encoder.resize} if encoder.resize else {}
-    layers = SCHEDULES[schedule] | given | by_data | PRESETS[preset] | (changes or {})
+    unasked = {} if cameras else {"labels.by_camera": False}
+    layers = SCHEDULES[schedule] | given | by_data | PRESETS[preset] | unasked | (changes or {})
     return override(TrainConfig(preset=preset, encoder=encoder, seed=seed), layers)
 
 # %% ../../nbs/80_train/00_config.ipynb #384e98c8
