@@ -14,7 +14,7 @@ def patch_to(cls, cls_method=False, as_prop=False):
         function.__qualname__ = f"{cls.__name__}.{name}"
         made = classmethod if cls_method else property if as_prop else lambda f: f
         setattr(cls, name, made(function))
-        return function.__globals__.get(name, getattr(builtins, name, None))
+        return inspect.unwrap(function).__globals__.get(name, getattr(builtins, name, None))
 
     return add
 

@@ -8,6 +8,7 @@ __all__ = ['check_targets', 'label_sums', 'prototypes', 'hardest_rows', 'Prototy
 # %% ../nbs/50_pmm.ipynb #04172c39
 import torch
 
+from ._patch import patch
 from .core import UserError, at_least_float32, check_features, check_labels, unit
 
 # %% ../nbs/50_pmm.ipynb #2b704c33
@@ -102,51 +103,39 @@ class PrototypeMemory(torch.nn.Module):
         "A memory whose prototypes are the normalised means of the clusters (paper: PMM)."
         return cls(prototypes(feats, labels), mu, refresh, hard)
 
-    @torch.no_grad()
-    def update(
-        self,
-        feats,  # `[B, D]` features of this step, own modality; detached and scaled here
-        labels,  # `[B]` int tensor, -1 = outlier; duplicates count twice
-        reduce=None,  # adds up (sums, counts) over processes, e.g. `accelerator.reduce`; None: one process
-        taken=None,  # bool tensor `[]` on the device: False leaves everything as it is; None: True
-    ):
-        "Move the prototypes of the labels present towards the batch's mean, P <- unit(mu P + (1-mu) f)."
-        if self.hard and reduce is not None:
-            raise ValueError(
-                "hard needs the rows of all processes at once: sums and counts do not say which is hardest"
-            )
-        if not self.refresh or not len(self.protos):
-            return
-        if self.hard:
-            sums, counts = hardest_rows(feats, labels, self.protos)
-        else:
-            sums, counts = label_sums(feats, labels, len(self.protos))
-        if reduce is not None:
-            sums, counts = reduce((sums, counts))
-        mean, present = sums / counts.clamp(min=1)[:, None], counts[:, None] > 0
-        if taken is not None:
-            present = present & taken
-        new = unit(self.mu * self.protos + (1 - self.mu) * mean)
-        self.protos = torch.where(present, new, self.protos).to(self.protos.dtype)
-
-    def update_both(
-        self,
-        feats_img,  # `[B, D]` image features of this step; detached and scaled here
-        labels_img,  # `[B]` int tensor, -1 = outlier, in the numbering that both modalities share
-        feats_txt,  # `[C, D]` caption features
-        labels_txt,  # `[C]` int tensor, -1 = outlier, in the same numbering
-        taken=None,  # bool tensor `[]` on the device: False leaves everything as it is; None: True
-    ):
-        "One refresh of a table that both modalities share, towards the mean of all their rows of a label."
-        check_targets(labels_img, len(self.protos), len(feats_img), "labels_img")
-        check_targets(labels_txt, len(self.protos), len(feats_txt), "labels_txt")
-        feats, labels = torch.cat([feats_img, feats_txt]), torch.cat([labels_img, labels_txt])
-        self.update(feats, labels, taken=taken)
-
     def extra_repr(self):
         "What printing the memory shows."
         kept = f"mu={self.mu}, refresh={self.refresh}" + (", hard=True" if self.hard else "")
         return f"K={len(self.protos)}, D={self.protos.shape[1]}, {kept}"
+
+# %% ../nbs/50_pmm.ipynb #159caf5b
+@patch
+@torch.no_grad()
+def update(
+    self: PrototypeMemory,
+    feats,  # `[B, D]` features of this step, own modality; detached and scaled here
+    labels,  # `[B]` int tensor, -1 = outlier; duplicates count twice
+    reduce=None,  # adds up (sums, counts) over processes, e.g. `accelerator.reduce`; None: one process
+    taken=None,  # bool tensor `[]` on the device: False leaves everything as it is; None: True
+):
+    "Move the prototypes of the labels present towards the batch's mean, P <- unit(mu P + (1-mu) f)."
+    if self.hard and reduce is not None:
+        raise ValueError(
+            "hard needs the rows of all processes at once: sums and counts do not say which is hardest"
+        )
+    if not self.refresh or not len(self.protos):
+        return
+    if self.hard:
+        sums, counts = hardest_rows(feats, labels, self.protos)
+    else:
+        sums, counts = label_sums(feats, labels, len(self.protos))
+    if reduce is not None:
+        sums, counts = reduce((sums, counts))
+    mean, present = sums / counts.clamp(min=1)[:, None], counts[:, None] > 0
+    if taken is not None:
+        present = present & taken
+    new = unit(self.mu * self.protos + (1 - self.mu) * mean)
+    self.protos = torch.where(present, new, self.protos).to(self.protos.dtype)
 
 # %% ../nbs/50_pmm.ipynb #7f2402d5
 def shared_prototypes(
@@ -161,3 +150,19 @@ def shared_prototypes(
     k = check_labels(torch.cat([y.cpu() for y in labels]).numpy())
     halves = [unit(label_sums(x, y, k)[0]) for x, y in zip(feats, labels)]
     return unit(halves[0] + halves[1])
+
+# %% ../nbs/50_pmm.ipynb #fc1dfdfd
+@patch
+def update_both(
+    self: PrototypeMemory,
+    feats_img,  # `[B, D]` image features of this step; detached and scaled here
+    labels_img,  # `[B]` int tensor, -1 = outlier, in the numbering that both modalities share
+    feats_txt,  # `[C, D]` caption features
+    labels_txt,  # `[C]` int tensor, -1 = outlier, in the same numbering
+    taken=None,  # bool tensor `[]` on the device: False leaves everything as it is; None: True
+):
+    "One refresh of a table that both modalities share, towards the mean of all their rows of a label."
+    check_targets(labels_img, len(self.protos), len(feats_img), "labels_img")
+    check_targets(labels_txt, len(self.protos), len(feats_txt), "labels_txt")
+    feats, labels = torch.cat([feats_img, feats_txt]), torch.cat([labels_img, labels_txt])
+    self.update(feats, labels, taken=taken)

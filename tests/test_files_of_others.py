@@ -20,15 +20,17 @@ from cpcl.data.doctor import doctor
 from cpcl.data.parse import ANNOTATIONS
 from cpcl.data.read import load_person, load_split
 from cpcl.encoder.towers import Encoder, EncoderConfig
-from cpcl.encoder.weights import Header, load_encoder, read_header, read_published, read_weights, save_encoder
+from cpcl.encoder.header import Header, read_header
+from cpcl.encoder.weights import load_encoder, read_published, read_weights, save_encoder
 from cpcl.files import json_text, read_json
 from cpcl.hub import CPCL, is_model
 from cpcl.lab.demo import _is_demo
 from cpcl.lab.pretrain import _is_pretraining, _write_card
 from cpcl.lab.records import read_records
-from cpcl.train import loop, make_config
+from cpcl.train import make_config
 from cpcl.train.checkpoint import load_run, newest_state, read_config, read_history, read_hooks, save_state
 from cpcl.train.epoch import build_optimizer
+from cpcl.train.restore import fresh_state, restore
 from cpcl.train.start import check_run, is_run, start_run
 
 # --- what may be in a file
@@ -250,8 +252,8 @@ def resume(base):
     cfg = make_config("clip", encoder=EncoderConfig("tiny", "", 16, 16))
     check_run(base / "run", cfg, dict(name="own", images=2, captions=3, train="0" * 16), resume=True)
     _earlier(base / "run" / "environment.json")
-    encoder, cpu = Encoder("tiny", (16, 16)), torch.device("cpu")
-    loop._restore(cfg, encoder, None, base / "run", True, cpu, lambda line: None)
+    state = fresh_state(cfg, Encoder("tiny", (16, 16)), None, torch.device("cpu"))
+    restore(base / "run", state, lambda line: None)
 
 
 def score(base):

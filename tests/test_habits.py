@@ -194,7 +194,7 @@ def test_the_warm_up_of_an_extended_run_is_said(base):
         asked = replace(cfg, optim=replace(cfg.optim, epochs=4, warmup=warmup))
         longer = _continued(base / "run", asked, True, "stretch", said.append)
         assert longer.optim.warmup == cfg.optim.warmup and len(said) == lines
-    assert said == ["note: an extended run keeps its warm-up, here 1 epochs, where 0.25 are asked for"]
+    assert said == ["note: an extended run keeps its warm-up, here 1 epochs, not 0.25"]
 
 
 def test_more_epochs_of_nothing(base, tmp_path):

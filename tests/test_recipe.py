@@ -16,21 +16,16 @@ from cpcl.data.read import load_split
 from cpcl.data.tokens import token_lengths, tokenize
 from cpcl.core import keyed_rng
 from cpcl.encoder import Encoder, EncoderConfig, features, load_encoder
-from cpcl.encoder.weights import read_header
+from cpcl.encoder.header import read_header
 from cpcl.hcm import HCMConfig
 from cpcl.hub import CPCL
 from cpcl.search.shares import encode_images
 from cpcl.synth.dataset import write_synth
 from cpcl.train import load_run, make_config, train_run
 from cpcl.train.checkpoint import read_config
-from cpcl.train.config import (
-    PRESETS,
-    SCHEDULES,
-    config_dict,
-    config_from,
-    loss_settings,
-)
+from cpcl.train.config import config_dict, config_from, loss_settings
 from cpcl.train.epoch import build_optimizer
+from cpcl.train.presets import PRESETS, SCHEDULES
 from cpcl.train.schedule import rate_at
 from cpcl.files import read_json, write_json
 

@@ -145,7 +145,8 @@ PLAN = """
 import sys
 from pathlib import Path
 from cpcl.encoder import EncoderConfig
-from cpcl.lab.plan import Grid, work_off
+from cpcl.lab.grids import Grid
+from cpcl.lab.plan import work_off
 
 class Small(Grid):
     records_file = Path(sys.argv[1]) / "records.json"

@@ -14,6 +14,7 @@ BLANK = EncoderConfig(pretrained="", height=48, width=24)
 QUICK = {"optim.epochs": 2, "optim.batch_size": 16, "labels.image.k1": 6, "labels.caption.k1": 6}
 PARTS = {
     "teacher": {"memory.teacher": 0.9, "hcm.soft": 0.3},
+    "teacher kept": {"memory.teacher": 0.9, "memory.keep": "teacher"},
     "bank": {"hcm.near": 0.5, "memory.least": 0.2},
     "gate": {"hcm.gate": 0.3},
     "second view": {"augment.second": 0.5},

@@ -14,7 +14,8 @@ from cpcl.core import UserError
 from cpcl.data.images import CLIP_MEAN, CLIP_STD, to_tensor
 from cpcl.encoder import Encoder, EncoderConfig, load_encoder, save_encoder
 from cpcl.encoder.towers import Reading, usual_reading
-from cpcl.encoder.weights import read_header, reading_of
+from cpcl.encoder.header import read_header
+from cpcl.encoder.weights import reading_of
 from cpcl.hub import CPCL, _Tower
 from cpcl.synth.dataset import write_synth
 from cpcl.train.checkpoint import load_run

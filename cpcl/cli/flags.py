@@ -104,12 +104,13 @@ def flag_settings(
 ) -> dict:  # dotted settings -> values
     "The flags that are settings, and those of --set, by dotted name. Raises UserError for a text without =."
     from cpcl.core import UserError
+    from cpcl.train.schedule import warmup_within
 
     flags = dict(epochs=epochs, batch_size=batch_size, lr=lr)
     found = {f"optim.{name}": value for name, value in flags.items() if value}
     if epochs:
         usual = 1.0 if model == "tiny" else 5.0
-        found["optim.warmup"] = min(usual if warmup is None else float(warmup), epochs / 2)
+        found["optim.warmup"] = warmup_within(usual if warmup is None else float(warmup), epochs)
     for item in flat(more):
         name, eq, value = item.partition("=")
         if not eq:

@@ -135,7 +135,7 @@ def _check_warmup(run, extend, of_file, of_flag):
     "Raises UserError for a warm-up (None: not asked for) that an extended run would not have."
     from cpcl.core import UserError
     from cpcl.train import read_config
-    from cpcl.train.schedule import planned_epochs
+    from cpcl.train.schedule import planned_epochs, warmup_within
     from cpcl.train.start import is_run
 
     asked = of_file if of_flag is None else of_flag
@@ -147,7 +147,7 @@ def _check_warmup(run, extend, of_file, of_flag):
     except (TypeError, ValueError):  # no number: refused as any other setting
         return
     if of_flag is None:
-        meant.add(min(float(asked), planned_epochs(was) / 2))  # as --epochs limited it at first
+        meant.add(warmup_within(float(asked), planned_epochs(was)))  # as --epochs limited it at first
     if (extend or was.extended) and was.warmup not in meant:
         kept = f"an extended run keeps its warm-up, here {was.warmup:g} epochs"
         raise UserError(f"{kept}: leave out optim.warmup={float(asked):g}")

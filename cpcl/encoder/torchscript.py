@@ -13,7 +13,7 @@ import torch
 from ..core import UserError, atomic_path
 from .others import NOT_WEIGHTS
 from .towers import Reading
-from .weights import Header, read_header
+from .header import Header, read_header
 from ..files import json_text, printable, user_path
 
 # %% ../../nbs/20_encoder/04_torchscript.ipynb #724d6d76

@@ -134,7 +134,7 @@ def _moments(
     spread: _Spread,  # of M methods
     weights,  # `[..., M]`, of the methods
 ) -> tuple:  # value, variance, and variance^2 over degrees of freedom, `[..., C]` each
-    "A weighted sum of methods and its variance over people and seeds; NaN where a weight has one seed."
+    "A weighted sum of methods and its variance over people and seeds, NaN where a weight has one seed."
     c = np.asarray(weights, "float64")
     P, *seeds = spread.count
     by_people = np.maximum(np.einsum("...m,kmn,...n->...k", c, spread.people, c), 0.0)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..eval.intervals import mean_difference_interval, pooled_share_interval
 from . import plan
-from .plan import NO_MINING, Grid
+from .grids import NO_MINING, Grid
 from .records import query_scores
 from .tables import signed
 from ..synth.grounds import GROUNDS
@@ -44,6 +44,7 @@ ADDED = {  # part -> changes of `cpcl`
     "gate": {"hcm.gate": 0.7},
     "bank": {"hcm.near": 1.0},
     "teacher": {"memory.teacher": 0.98, "hcm.soft": 0.3},
+    "teacher kept": {"memory.teacher": 0.98, "memory.keep": "teacher"},
     "outliers leave": {"labels.outliers": "leave"},
     "image labels": {"labels.source": "image"},
     "joint labels": {"labels.source": "image", "labels.fuse": 0.5},
@@ -51,6 +52,8 @@ ADDED = {  # part -> changes of `cpcl`
     "fuse": {"labels.fuse": 0.25},
     "confidence": {"labels.confidence": True},
     "momentum rises": {"memory.mu_end": 0.9},
+    "momentum 0.9": {"memory.mu": 0.9},
+    "not refreshed": {"memory.refresh": False},
     "cameras": {"labels.by_camera": True},
     "consensus": CONSENSUS,
     "counts chosen": CHOSEN,

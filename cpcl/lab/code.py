@@ -173,7 +173,10 @@ def _modules(package, sources):
 
 # %% ../../nbs/lab/05_code.ipynb #b985ebd6
 START = (("train", "train_run"), ("train", "score_split"), ("train", "load_run"))  # (folder, name)
-NO_RESULT = ("viz", "search", "hub", "lab", "cli", "synth")  # folders that cannot change a result
+NO_RESULT = (  # folders and modules that cannot change a result
+    *("viz", "search", "hub", "lab", "cli", "synth"),
+    "train.presets",  # tables: what they say is in the configuration
+)
 
 
 def unused_rooms(

@@ -29,6 +29,7 @@ from ..synth.dataset import SynthWorld, checksum, drawn_once
 from ..train import TrainConfig, make_config, train_run
 from ..train.config import config_from
 from ..train.environment import device_name
+from ..train.runs import cameras_known
 
 # %% ../../nbs/lab/04_grid.ipynb #85c5bfdb
 BENCH = dict(people=1000, seed=1000, style="town", splits=(700, 100, 200), shots=(3, 5))
@@ -237,10 +238,13 @@ def wanted_runs(
     "Specs with the settings and the code that they come to."
     name, train, modules = detect(root), load_split(root, split="train"), modules or read_modules()
     sizes = dict(images=len(train.images), captions=len(train.captions))
-    cfgs = [
-        make_config(s.preset, schedule, name, encoder=encoder, seed=s.seed, changes=s.changes, **sizes)
-        for s in specs
-    ]
+    known = {preset: cameras_known(preset, train) for preset in {s.preset for s in specs}}
+
+    def _config(s):
+        about = dict(seed=s.seed, changes=s.changes, cameras=known[s.preset])
+        return make_config(s.preset, schedule, name, encoder=encoder, **about, **sizes)
+
+    cfgs = [_config(s) for s in specs]
     return [Wanted(s, cfg, run_code(cfg, *s.hooks, modules)) for s, cfg in zip(specs, cfgs)]
 
 # %% ../../nbs/lab/04_grid.ipynb #cb0d3693

@@ -14,7 +14,8 @@ from pathlib import Path
 from ..core import UserError
 from ..encoder import EncoderConfig
 from .grid import look_up, run_all, run_folder, wanted_runs
-from .plan import PLAN, named_grids
+from .grids import PLAN
+from .plan import named_grids
 from .records import Record, Spec, add_record, commit_of_code, fingerprint, history_row
 from .records import read_records, used_settings
 from ..train import train_run
@@ -146,10 +147,10 @@ def _follow(file, proof: Record, wanted, note):
 # %% ../../nbs/lab/11_repeat.ipynb #44968fff
 def main():
     "Repeat the stale rows of the plan, or of some grids, those over the grounds among them."
-    from cpcl.lab import beyond, plan
+    from cpcl.lab import beyond, grids
 
     try:
-        differ = repeat(named_grids(sys.argv[1:], vars(beyond) | vars(plan)))
+        differ = repeat(named_grids(sys.argv[1:], vars(beyond) | vars(grids)))
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

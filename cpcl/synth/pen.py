@@ -8,6 +8,7 @@ __all__ = ['INK', 'along', 'Pen']
 # %% ../../nbs/synth/04_pen.ipynb #71806ef2
 from PIL import Image, ImageDraw
 
+from .._patch import patch
 from .colours import darker
 from .people import STREET, Look
 
@@ -95,17 +96,19 @@ class Pen:
         "Draw a polyline, `width` in body units."
         self.draw.line([self.at(*p) for p in points], fill=rgb, width=max(1, round(width * self.height)))
 
-    def limb(self, a, b, wa: float, wb: float, rgb):
-        "Draw a tapering limb from `a` to `b`, half widths `wa` and `wb`: contour, light, shadow, round ends."
-        look = self.look
-        if look.ink and look.rounded:
-            self.oval(*a, wa + look.ink, wa + look.ink, darker(rgb, INK))
-            self.oval(*b, wb + look.ink, wb + look.ink, darker(rgb, INK))
-        self.poly(_quad(a, b, wa, wb, -1, 1), rgb, edge=True)
-        if look.rounded:
-            self.oval(*a, wa, wa, rgb)
-            self.oval(*b, wb, wb, rgb)
-        if look.rim > 1:
-            self.poly(_quad(a, b, wa, wb, 0.45 * self.light, self.light), darker(rgb, look.rim))
-        if look.shading < 1:
-            self.poly(_quad(a, b, wa, wb, -self.light, -0.25 * self.light), darker(rgb, look.shading))
+# %% ../../nbs/synth/04_pen.ipynb #aaf16223
+@patch
+def limb(self: Pen, a, b, wa: float, wb: float, rgb):
+    "Draw a tapering limb from `a` to `b`, half widths `wa` and `wb`: contour, light, shadow, round ends."
+    look = self.look
+    if look.ink and look.rounded:
+        self.oval(*a, wa + look.ink, wa + look.ink, darker(rgb, INK))
+        self.oval(*b, wb + look.ink, wb + look.ink, darker(rgb, INK))
+    self.poly(_quad(a, b, wa, wb, -1, 1), rgb, edge=True)
+    if look.rounded:
+        self.oval(*a, wa, wa, rgb)
+        self.oval(*b, wb, wb, rgb)
+    if look.rim > 1:
+        self.poly(_quad(a, b, wa, wb, 0.45 * self.light, self.light), darker(rgb, look.rim))
+    if look.shading < 1:
+        self.poly(_quad(a, b, wa, wb, -self.light, -0.25 * self.light), darker(rgb, look.shading))

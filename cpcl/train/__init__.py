@@ -4,7 +4,8 @@ from .._front_door import front_door
 
 __getattr__, __dir__, __all__ = front_door(
     __name__,
-    config="PRESETS MemoryConfig OptimConfig TrainConfig make_config",
+    config="MemoryConfig OptimConfig TrainConfig make_config",
+    presets="PRESETS",
     labels="Features LabelConfig Labels epoch_labels",
     loop="fit",
     runs="RunResult score_run score_split train_run",

@@ -7,6 +7,7 @@ __all__ = ['MemoryConfig', 'mu_at', 'Bank', 'build_bank', 'Memories', 'build_mem
 
 # %% ../../nbs/80_train/19_memories.ipynb #94b45304
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class MemoryConfig:
     hard: bool = False  # refresh with the hardest row of a label instead of the mean (Cluster Contrast)
     shared: bool = False  # one table of prototypes for both modalities; they must have the same labels
     teacher: float = 0.0  # momentum of the teacher that makes the features (CLPC: 0.995); 0: no teacher
+    keep: Literal["student", "teacher"] = "student"  # whose weights a run scores and keeps
     neighbours: int = 3  # nearest rows of the bank for hcm.near (DGCMIA)
     least: float = 0.7  # their cosine is above this (DGCMIA)
 
@@ -44,6 +46,10 @@ class MemoryConfig:
             raise UserError(
                 f"memory.teacher must be 0 (no teacher) or a momentum below 1, got {self.teacher}"
             )
+        if self.keep not in ("student", "teacher"):
+            raise UserError(f"memory.keep must be student or teacher, got {self.keep!r}")
+        if self.keep == "teacher" and not self.teacher:
+            raise UserError("memory.keep=teacher needs one: give memory.teacher a momentum, e.g. 0.995")
         if self.neighbours < 1:
             raise UserError(f"memory.neighbours must be at least 1, got {self.neighbours}")
         if not -1 <= self.least < 1:

@@ -14,7 +14,8 @@ import yaml
 
 from ..core import UserError
 from ..files import is_unicode, printable, read_text, short, user_path
-from .config import PRESETS, TrainConfig, did_you_mean, override, setting_names
+from .config import TrainConfig, did_you_mean, override, setting_names
+from .presets import PRESETS
 
 # %% ../../nbs/80_train/16_settings.ipynb #89f8dad1
 def field_comments(

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # %% ../../nbs/80_train/20_teacher.ipynb #4c1dbfc0
 class Teacher:
-    "An encoder whose weights are a moving average of another's (Tarvainen and Valpola 2017; CLPC)."
+    "An encoder whose weights are a moving average of another's (Tarvainen and Valpola 2017, CLPC)."
 
     def __init__(
         self,
