@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECIDING', 'FINAL', 'ENDS', 'CALIBRATION_GROUNDS', 'CONSENSUS', 'CHOSEN', 'ADDED', 'METHODS', 'SCREEN', 'BOUNDS',
-           'PLAN', 'on_grounds', 'over_grounds']
+           'PLAN', 'on_grounds', 'over_grounds', 'scores_by_name']
 
 # %% ../../nbs/lab/12_beyond.ipynb #8e7ad837
 import numpy as np
@@ -86,7 +86,7 @@ def over_grounds(
     "Methods on several sets at once. Rows without a record on each set are left out."
     groups = [grid.records()[0] for grid in grids] if groups is None else groups
     people = [grid.query_person() for grid in grids]
-    runs = [_by_name(records) for records in groups]
+    runs = [scores_by_name(records) for records in groups]
     rows = grids[0].rows if grids else ()
     names = [name for name in rows if all(own.get(name) for own in runs)]
     if base not in names:
@@ -107,8 +107,10 @@ def over_grounds(
     return pd.DataFrame(table).T.fillna("").sort_values("rank")
 
 
-def _by_name(records):
-    "name -> its results, a seed each."
+def scores_by_name(
+    records: list,  # of Record, of one ground
+) -> dict:  # name -> its QueryScores, a seed each
+    "The results of every row."
     found = {}
     for r in records:
         found.setdefault(r.name, []).append(query_scores(r))
