@@ -205,6 +205,16 @@ def test_no_state_of_widgets_is_kept(path):
     assert "widgets" not in json.loads(path.read_text(encoding="utf8"))["metadata"]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_no_bar_is_kept(path):
+    "A progress bar that was cut off when a notebook was saved looks as if something had failed."
+    cells = json.loads(path.read_text(encoding="utf8"))["cells"]
+    shown = [
+        o.get("text") or o.get("data", {}).get("text/plain", "") for c in cells for o in c.get("outputs", [])
+    ]
+    assert not [text for text in map("".join, shown) if re.search(r"\d%\|", text)]
+
+
 TEXTS = [
     *NOTEBOOKS,
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "data/README.md")),

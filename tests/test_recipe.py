@@ -90,6 +90,7 @@ EXPECTED = {
     "memory.hard": False,
     "memory.shared": False,
     "memory.teacher": 0.0,
+    "memory.keep": "student",
     "memory.neighbours": 3,
     "memory.least": 0.7,
     "hcm.tau_p": 0.02,

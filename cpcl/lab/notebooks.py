@@ -6,7 +6,7 @@
 __all__ = ['find_notebook', 'run_notebook', 'measured']
 
 # %% ../../nbs/lab/06_notebooks.ipynb #5d2506ba
-import json, os, subprocess, sys, tempfile
+import json, os, re, subprocess, sys, tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -58,9 +58,21 @@ def run_notebook(
             raise UserError(f"{path.name} stopped at {e.ename}: {e.evalue}") from e
     for key in ("language_info", "widgets"):
         nb.metadata.pop(key, None)
+    _drop_bars(nb)
     with atomic_path(path) as part:
         nbformat.write(nb, part)
     return path
+
+
+def _drop_bars(nb):
+    "A bar that is gone from the screen stays in the file, wherever it was when it was last drawn."
+
+    def _is_bar(output):
+        return re.search(r"\d%\|", output.get("text", "") or output.get("data", {}).get("text/plain", ""))
+
+    for cell in nb.cells:
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
 
 # %% ../../nbs/lab/06_notebooks.ipynb #ff3783e3
 def measured(
