@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECIDING', 'FINAL', 'ENDS', 'CALIBRATION_GROUNDS', 'CONSENSUS', 'CHOSEN', 'ADDED', 'METHODS', 'SCREEN', 'BOUNDS',
-           'PLAN', 'on_grounds', 'over_grounds', 'scores_by_name']
+           'PLAN', 'on_grounds', 'over_grounds', 'scores_by_name', 'mean_score']
 
 # %% ../../nbs/lab/12_beyond.ipynb #8e7ad837
 import numpy as np
@@ -117,9 +117,16 @@ def scores_by_name(
     return found
 
 
+def mean_score(
+    runs: list,  # of QueryScores, a seed each
+) -> float:  # percent
+    "The mean of Rank-1 and mAP over seeds, by which methods are put in order."
+    return float(np.mean([(s.R1 + s.mAP) / 2 for s in (r.mean() for r in runs)]))
+
+
 def _ranks(runs):
-    "The place of each method by the mean of Rank-1 and mAP over its seeds, 1 is best."
-    mean = np.array([np.mean([(s.R1 + s.mAP) / 2 for s in (r.mean() for r in own)]) for own in runs])
+    "The place of each method by `mean_score`, 1 is best."
+    mean = np.array([mean_score(own) for own in runs])
     return (mean[None] > mean[:, None]).sum(1) + 1
 
 # %% ../../nbs/lab/12_beyond.ipynb #8ff60b97

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError
-from .beyond import ADDED, scores_by_name
+from .beyond import ADDED, mean_score, scores_by_name
 
 # %% ../../nbs/lab/13_plus.ipynb #2c7c4222
 def leads(
@@ -18,18 +18,13 @@ def leads(
     base: str = "cpcl",  # the row that others are compared with
 ) -> pd.DataFrame:  # one row per method that has a record on every ground: points, grounds
     "By how much rows lead another in the mean of Rank-1 and mAP, and on how many grounds, the best first."
-    found = [{name: _score(own) for name, own in scores_by_name(records).items()} for records in groups]
+    found = [{name: mean_score(own) for name, own in scores_by_name(records).items()} for records in groups]
     names = [name for name in found[0] if all(name in own for own in found)] if found else []
     if base not in names:
         return pd.DataFrame(columns=["points", "grounds"])
     ahead = {name: np.array([own[name] - own[base] for own in found]) for name in names if name != base}
     table = {name: dict(points=x.mean(), grounds=int((x > 0).sum())) for name, x in ahead.items()}
     return pd.DataFrame(table.values(), table.keys()).sort_values("points", ascending=False)
-
-
-def _score(runs):
-    "The mean of Rank-1 and mAP over seeds."
-    return float(np.mean([(s.R1 + s.mAP) / 2 for s in (r.mean() for r in runs)]))
 
 
 def candidates(
