@@ -61,6 +61,7 @@ _PAGE = (
         font_style="italic",
     ),
     "#k input, input[role=combobox], .gradio-container .label-wrap {min-height: 30px}",
+    "#k .tab-like-container {height: auto}",  # gradio cuts off the number
     "#k .min_value, #k .max_value {color: inherit}",
     rule("#found, #large", overflow="visible !important", padding=0, border=0),
     rule("#go", background="#1d4ed8", color="#fff", min_height="44px"),

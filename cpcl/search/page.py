@@ -60,7 +60,8 @@ class Page:
         self.line, self.reported, first = Line(), set(), self.indexes[0]
         shared = [c for c in first.columns if all(c in other.columns for other in self.indexes)]
         values = {c: first.values(c) for c in shared}
-        self.filters = {c: v for c, v in values.items() if v}  # column -> its values
+        # column -> its values; one value alone, such as an empty column's, chooses nothing
+        self.filters = {c: v for c, v in values.items() if v and len(v) > 1}
         if beside is not None:
             self._check_beside()
 
