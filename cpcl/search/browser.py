@@ -142,9 +142,8 @@ _TOOLS = "\n".join(
             text_align="left",
             cursor="pointer",
         ),
-        rule(
-            "a.tool", display="inline-flex", align_items="center"
-        ),  # as high as a button, its text in the middle
+        # a link is as high as a button, its text in the middle
+        rule("a.tool", display="inline-flex", align_items="center"),
         rule(".tool[hidden]", display="none"),
         rule(".tool:disabled", opacity=".6", cursor="default"),
         rule("#again:not(:disabled)", background="#1d4ed8", border_color="#1d4ed8", color="#fff"),
