@@ -481,58 +481,64 @@ def test_one_client_cannot_starve_the_others(index, scratch, slow_search, source
 
 @pytest.fixture
 def waiting_page(monkeypatch):
-    "(port, release): a page for four connections of a sender; /flood is answered after `release()`."
-    for name, value in dict(MOST=4, ROOM_SECONDS=1).items():
+    "(wait_in_line, connect, release): a page for four connections of a sender; those in line wait for `release()`."
+    for name, value in dict(MOST=4, ROOM_SECONDS=60).items():
         monkeypatch.setitem(_protocol.__globals__, name, value)
-    go = threading.Event()
+    go, asked = threading.Event(), threading.Semaphore(0)
 
     async def app(scope, receive, send):
         "Lets those who ask for /flood wait, refuses them in the end, and answers others at once."
         flood = scope["path"] == "/flood"
+        if flood:
+            asked.release()
         while flood and not go.is_set():
             await asyncio.sleep(0.01)
         await send({"type": "http.response.start", "status": 429 if flood else 200})
         await send({"type": "http.response.body", "body": b"answered"})
 
+    def connect():
+        "A socket to the page; it waits 20 seconds for what it reads."
+        return socket.create_connection(sock.getsockname(), timeout=20)
+
+    def wait_in_line(n):
+        "n connections whose questions have reached the page and are not answered."
+        sockets = []
+        for _ in range(n):
+            sockets.append(connect())
+            sockets[-1].sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert asked.acquire(timeout=20)  # or the next one would close it as idle
+        return sockets
+
     sock = listen("127.0.0.1", 0)
     server = Server(app, sock)
     server.start()
-    yield sock.getsockname()[1], go.set
+    yield wait_in_line, connect, go.set
     go.set()
     server.close()
 
 
-def wait_in_line(port, n):
-    "Connections that have asked and are not answered."
-    sockets = []
-    for _ in range(n):
-        sockets.append(socket.create_connection(("127.0.0.1", port), timeout=20))
-        sockets[-1].sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
-    time.sleep(0.3)  # they are being answered
-    return sockets
-
-
 def test_refusals_that_are_not_yet_written_close_nobody(waiting_page):
     "Where every connection of an address waits, the next one waits with them and is not closed."
-    port, release = waiting_page
-    flood = wait_in_line(port, 4)
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as browser:
-        time.sleep(0.3)
+    wait_in_line, connect, release = waiting_page
+    flood = wait_in_line(4)
+    with connect() as browser:
+        time.sleep(0.3)  # the page looks once more
         release()
         browser.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"200" in browser.recv(64)
     assert sum(status_of(s) == 0 for s in flood) <= 1  # the oldest made room
 
 
-def test_nobody_waits_for_room_without_end(waiting_page):
+def test_nobody_waits_for_room_without_end(waiting_page, monkeypatch):
     "One too many is closed after a while where nothing is answered, and at once where as many again wait."
-    port, _ = waiting_page
-    flood, start = wait_in_line(port, 4), time.monotonic()
-    assert status_of(socket.create_connection(("127.0.0.1", port), timeout=20)) == 0
+    wait_in_line, connect, _ = waiting_page
+    monkeypatch.setitem(_protocol.__globals__, "ROOM_SECONDS", 1)
+    flood, start = wait_in_line(4), time.monotonic()
+    assert status_of(connect()) == 0
     assert time.monotonic() - start > 0.9
-    more, start = wait_in_line(port, 4), time.monotonic()
-    assert status_of(socket.create_connection(("127.0.0.1", port), timeout=20)) == 0
-    assert time.monotonic() - start < 0.6  # before the first of `more` is closed
+    monkeypatch.setitem(_protocol.__globals__, "ROOM_SECONDS", 60)  # longer than this test reads
+    more = wait_in_line(4)
+    assert status_of(connect()) == 0
     for s in (*flood, *more):
         s.close()
 
