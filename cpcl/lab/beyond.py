@@ -61,6 +61,7 @@ ADDED = {  # part -> changes of `cpcl`
     "hardest row": {"memory.hard": True},
     "margin": {"hcm.chm": 1.0, "hcm.margin": 0.1},
     "matches by cluster": {"hcm.match": "pseudo"},
+    "forward divergence": {"hcm.kl": "forward"},
     "within modalities only": {"hcm.pcm": "single"},
     "no mining": NO_MINING,
     "mining by agreement": {"labels.oplm.least_agreement": 0.7},

@@ -22,7 +22,7 @@ from .compiled import CompiledTowers, check_compiler
 from .config import TrainConfig
 from .environment import write_environment
 from .epoch import NotFinite, train_epoch
-from .health import ROWS, label_remarks, outlier_alarm, save_eps_figure
+from .health import ROWS, chance_remark, label_remarks, outlier_alarm, save_eps_figure
 from .history import EpochRow, epoch_line
 from .hooks import function_name, load_function
 from cpcl.train.labels import (
@@ -98,7 +98,7 @@ def fit(
                 steps = train_epoch(model, state.optimizer, loader, memories, cfg, accelerator, epoch, **how)
             history.append(_row(history, steps, judged, _validated(validate, state.kept, watch), watch, cfg))
             once(lambda: save_epoch(run, state, history, writer))
-            log(epoch_line(history[-1], cfg.optim.epochs))
+            _say(history, min(cfg.optim.batch_size, len(train.captions)), cfg, log)
         return history
 
 # %% ../../nbs/80_train/03_loop.ipynb #267b90d5
@@ -292,6 +292,13 @@ def _validated(validate, encoder, watch):
     "What validation gives. Nothing without it."
     with watch("val"):
         return validate(encoder) if validate else {}
+
+
+def _say(history, pairs, cfg, log):
+    "An epoch in a line, and what is odd about its loss."
+    log(epoch_line(history[-1], cfg.optim.epochs))
+    if line := chance_remark(history, pairs, cfg.hcm):
+        log(f"  {line}")
 
 
 def _row(history, steps, judged, val, watch, cfg):

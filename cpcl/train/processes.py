@@ -8,7 +8,7 @@ __all__ = ['MEET', 'FOREVER', 'interleave', 'share', 'several', 'place', 'gather
            'launched', 'prepare_encoder', 'start_processes', 'step_products']
 
 # %% ../../nbs/80_train/06_processes.ipynb #b616f302
-import contextlib, os, pickle, re, socket
+import atexit, contextlib, os, pickle, re, socket
 from datetime import timedelta
 
 import torch
@@ -97,6 +97,17 @@ def cpu_group():  # a process group
             raise _out_of_reach(e) from None
         _CpuGroup.of = dist.group.WORLD
     return _CpuGroup.group
+
+
+@atexit.register
+def _leave():
+    "Leave the groups while Python still runs."
+    group, _CpuGroup.of, _CpuGroup.group = _CpuGroup.group, None, None
+    if dist.is_available() and dist.is_initialized():
+        both = dist.get_backend() == "gloo"  # the default group is of this kind, too
+        if both or group is not None:
+            with contextlib.suppress(RuntimeError):  # another process may have been lost
+                dist.destroy_process_group(None if both else group)
 
 
 def _out_of_reach(error):

@@ -121,8 +121,8 @@ def train_run(
     name = name or detect(root)
     train = load_split(root, name, "train")
     held_out = {s: load_split(root, name, s) for s in ("val", "test") if has_split(root, name, s)}
-    sizes = dict(images=len(train.images), captions=len(train.captions), cameras=cameras_known(preset, train))
-    cfg = make_config(preset, schedule, name, encoder=encoder, seed=seed, changes=changes, **sizes)
+    facts = dict(images=len(train.images), captions=len(train.captions), cameras=cameras_known(preset, train))
+    cfg = make_config(preset, schedule, name, encoder=encoder, seed=seed, changes=changes, **facts)
 
     def _validate(encoder):
         mean = score_split(encoder, held_out["val"], caches["val"], together=True).mean()
@@ -138,7 +138,7 @@ def train_run(
     once(lambda: check_run(run, cfg, data | dict(weights=weights_of(cfg.encoder)), resume, names))
     caches = {s: _cache(split, cfg.encoder, cache) for s, split in (held_out | {"train": train}).items()}
     if first:
-        if not sizes["cameras"]:
+        if not facts["cameras"]:
             log(f"note: {preset} clusters within cameras where they are known, and {root} names none")
         if note := words_of(cfg.encoder.model).note(train.captions):
             log(f"note: {note}")
