@@ -481,7 +481,7 @@ def test_one_client_cannot_starve_the_others(index, scratch, slow_search, source
 
 @pytest.fixture
 def waiting_page(monkeypatch):
-    "(wait_in_line, connect, release): a page for four connections of a sender; those in line wait for `release()`."
+    "(wait_in_line, connect, release): a page for four connections of a sender; a line waits for `release()`."
     for name, value in dict(MOST=4, ROOM_SECONDS=60).items():
         monkeypatch.setitem(_protocol.__globals__, name, value)
     go, asked = threading.Event(), threading.Semaphore(0)
