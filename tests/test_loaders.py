@@ -285,9 +285,9 @@ def start_training(root, run):
 
 
 def ending(process):
-    "Exit status, and what was printed beside progress bars and the lines of epochs."
+    "Exit status, and what was printed beside progress bars and the lines of epochs (remarks are indented)."
     said = process.communicate(timeout=120)[0].replace("\r", "\n").splitlines()
-    other = ("epoch ", "  warn", "UserWarning")
+    other = ("epoch ", "  ", "UserWarning")
     rest = [s for s in said if s.strip() and "%|" not in s and not s.startswith(other)]
     return process.returncode, [s for s in rest if "check_worker" not in s and "suggested max" not in s]
 
