@@ -73,6 +73,8 @@ ADDED = {  # part -> changes of `cpcl`
     "no mining": NO_MINING,
     "mining by agreement": {"labels.oplm.least_agreement": 0.7},
 }
+
+# %% ../../nbs/lab/12_beyond.ipynb #b05bcff5
 ADAPTED = {  # published methods with the numbers that fit a small encoder and three epochs
     "dgcmia above 0.8": ("dgcmia", {"hcm.gate": 0.8, "memory.least": 0.8}),
     "dgcmia above 0.9": ("dgcmia", {"hcm.gate": 0.9, "memory.least": 0.9}),
