@@ -539,6 +539,10 @@ def test_nobody_waits_for_room_without_end(waiting_page, monkeypatch):
     monkeypatch.setitem(_protocol.__globals__, "ROOM_SECONDS", 60)  # longer than this test reads
     more = wait_in_line(4)
     assert status_of(connect()) == 0
+    for s in more:  # these still wait
+        s.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            s.recv(1)
     for s in (*flood, *more):
         s.close()
 
