@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECIDING', 'FINAL', 'ENDS', 'CALIBRATION_GROUNDS', 'CONSENSUS', 'CHOSEN', 'ADDED', 'ADAPTED', 'METHODS', 'SCREEN',
-           'BOUNDS', 'PLAN', 'on_grounds', 'over_grounds', 'scores_by_name', 'mean_score']
+           'BOUNDS', 'PLAN', 'on_grounds', 'over_grounds', 'scores_by_name', 'mean_score', 'ranks']
 
 # %% ../../nbs/lab/12_beyond.ipynb #8e7ad837
 import numpy as np
@@ -106,9 +106,9 @@ def over_grounds(
     names = [name for name in rows if all(own.get(name) for own in runs)]
     if base not in names:
         return pd.DataFrame(columns=["seeds", "R1", "mAP", "rank"])
-    ranks = np.mean([_ranks([own[name] for name in names]) for own in runs], 0)
+    places = np.mean([ranks([own[name] for name in names]) for own in runs], 0)
     table = {}
-    for name, rank in zip(names, ranks):
+    for name, rank in zip(names, places):
         row = {"seeds": min(len(own[name]) for own in runs)}
         if name != base:
             sets = [(own[base], own[name], who) for own, who in zip(runs, people)]
@@ -139,8 +139,10 @@ def mean_score(
     return float(np.mean([(s.R1 + s.mAP) / 2 for s in (r.mean() for r in runs)]))
 
 
-def _ranks(runs):
-    "The place of each method by `mean_score`, 1 is best."
+def ranks(
+    runs: list,  # for each method a list of QueryScores
+) -> np.ndarray:  # int `[methods]`, 1 is best; equal means share the better place
+    "The place of each method by `mean_score`."
     mean = np.array([mean_score(own) for own in runs])
     return (mean[None] > mean[:, None]).sum(1) + 1
 
