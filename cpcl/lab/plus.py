@@ -125,12 +125,14 @@ def left_out(
 # %% ../../nbs/lab/13_plus.ipynb #92dd9636
 def screened(
     grounds: tuple = DECIDING,  # names
+    mine: dict = None,  # rows of your own
 ) -> list:  # for each ground a list of Record
     "What the screen has so far: a seed of every part, three of `cpcl`."
     found = {}
     for grid, bound in zip(SCREEN, BOUNDS):
-        parts = [r for r in grid.records()[0] if r.name != "cpcl"] if grid.name in grounds else []
-        found[grid.name] = parts + [r for r in bound.records()[0] if r.name == "cpcl"]
+        if grid.name in grounds:
+            parts = [r for r in (grid | (mine or {})).records()[0] if r.name != "cpcl"]
+            found[grid.name] = parts + [r for r in bound.records()[0] if r.name == "cpcl"]
     return [found[name] for name in grounds]
 
 
