@@ -135,15 +135,18 @@ def test_an_index_that_grows_under_load_loses_no_question(own):
             if status != 200:
                 lost.append(found)
 
+    def seen(images):
+        end = time.monotonic() + 60
+        while images not in asked and time.monotonic() < end:
+            time.sleep(0.05)
+
     def build(i):
         try:
+            seen(24)
             for n in range(3):
                 Image.new("RGB", (24, 48), (7, 70 * n, 7)).save(folder / "crops" / f"new{n}.png")
                 Index.build(folder / "crops", folder / "run", folder / "index", log=quiet)
-                time.sleep(0.3)
-            end = time.monotonic() + 30
-            while served.live.index.manifest.images != 27 and time.monotonic() < end:
-                time.sleep(0.05)
+            seen(27)
         finally:
             stop.set()
 

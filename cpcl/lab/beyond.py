@@ -48,6 +48,7 @@ ADDED = {  # part -> changes of `cpcl`
     "bank": {"hcm.near": 1.0},
     "bank above 0.8": {"hcm.near": 1.0, "memory.least": 0.8},
     "bank above 0.9": {"hcm.near": 1.0, "memory.least": 0.9},
+    "light bank above 0.9": {"hcm.near": 0.1, "memory.least": 0.9},
     "teacher": {"memory.teacher": 0.98, "hcm.soft": 0.3},
     "quick teacher": {"memory.teacher": 0.9, "hcm.soft": 0.3},
     "quick teacher, forward": {"memory.teacher": 0.9, "hcm.soft": 0.3, "hcm.kl": "forward"},
@@ -78,6 +79,7 @@ ADDED = {  # part -> changes of `cpcl`
 ADAPTED = {  # published methods with the numbers that fit a small encoder and three epochs
     "dgcmia above 0.8": ("dgcmia", {"hcm.gate": 0.8, "memory.least": 0.8}),
     "dgcmia above 0.9": ("dgcmia", {"hcm.gate": 0.9, "memory.least": 0.9}),
+    "dgcmia above 0.9, light bank": ("dgcmia", {"hcm.gate": 0.9, "memory.least": 0.9, "hcm.near": 0.1}),
     "clpc, quick teacher": ("clpc", {"memory.teacher": 0.9}),
 }
 METHODS = ENDS | {preset: (preset, {}) for preset in ("cpcl", "icpg", "dgcmia", "clpc")} | ADAPTED
