@@ -111,7 +111,7 @@ def over_grounds(
     places = np.mean([ranks([own[name] for name in names]) for own in runs], 0)
     table = {}
     for name, rank in zip(names, places):
-        row = {"seeds": min(len(own[name]) for own in runs)}
+        row = {"seeds": min(len(own[name]) for own in runs), "R1": "", "mAP": ""}
         if name != base:
             sets = [(own[base], own[name], who) for own, who in zip(runs, people)]
             row |= {m: signed(*mean_difference_interval(sets)[m]) for m in ("R1", "mAP")}

@@ -142,14 +142,17 @@ CAUTION = "mining by agreement"  # a part that is wanted for its own sake
 def _fewer(best):
     "Drop parts while the mean is better without one, and add the caution if it costs nothing. Yields steps."
     while True:
-        cautious = {"with caution": ("cpcl", together(best) | ADDED[CAUTION])}
-        grids = on_grounds(left_out(best) | cautious, base="all parts")
-        yield "each part left out", grids
+        rows = left_out(best)
+        if not {CAUTION, "no mining"} & set(best):
+            rows[f"with {CAUTION}"] = ("cpcl", together([*best, CAUTION]))
+        yield "each part left out", (grids := on_grounds(rows, base="all parts"))
         points = leads([grid.records()[0] for grid in grids], "all parts")["points"]
-        caution = points.pop("with caution")
-        if len(best) == 1 or points.iloc[0] <= 0:
-            return best + [CAUTION] * (caution >= 0 and not {CAUTION, "no mining"} & set(best))
-        best = [part for part in best if part != points.index[0].removeprefix("without ")]
+        free = points.get(f"with {CAUTION}", -1) >= 0
+        without = {part: points[f"without {part}"] for part in best}
+        needless = max(best, key=without.get)
+        if len(best) == 1 or without[needless] <= 0:
+            return [*best, CAUTION] if free else best
+        best = [part for part in best if part != needless]
 
 
 def route():  # yields (what, grids)
@@ -161,16 +164,19 @@ def route():  # yields (what, grids)
     names = compatible(candidates(leads(screened()), len(DECIDING)))
     rungs = {"cpcl": ("cpcl", {})} | ladder(names)
     yield "the ladder", (grids := on_grounds(rungs))
-    best = best_rung([grid.records()[0] for grid in grids], list(rungs)).split(" + ")
-    if best != ["cpcl"]:
-        best = yield from _fewer(best)
+    height = list(rungs).index(best_rung([grid.records()[0] for grid in grids], list(rungs)))
+    if height:
+        best = yield from _fewer(names[:height])
         rows = METHODS | {"cpcl-plus": ("cpcl", together(best))}
         yield "the final grounds", on_grounds(rows, FINAL)
 
 # %% ../../nbs/lab/13_plus.ipynb #d289406c
 def main():
     "Walk the rule to its end, or say where it stands. It may be killed at any time, and continues."
-    only_list = "--list" in sys.argv[1:]
+    words = sys.argv[1:]
+    if set(words) - {"--list"}:
+        sys.exit("python -m cpcl.lab.plus [--list]: walk the rule from the screen to the final grounds")
+    only_list = bool(words)
     try:
         for what, grids in route():
             print(f"{what}: {', '.join(grids[0].rows)}", flush=True)
