@@ -61,7 +61,8 @@ def _label_remarks(story, rows):
     "Yield (epoch from 1, line) about labels."
     cfg, data = story.facts.cfg, story.facts.data
     for row in (r for r in rows if r.labels and "images" in data and "captions" in data):
-        for line in label_remarks(row.labels, data["images"], data["captions"], cfg.labels.source):
+        sizes, own = (data["images"], data["captions"]), (cfg.labels.source, cfg.labels.outliers)
+        for line in label_remarks(row.labels, *sizes, *own):
             yield row.epoch + 1, line
     for i, row in enumerate(rows, 1):
         reports = [r.labels for r in rows[:i]]

@@ -155,8 +155,8 @@ class LabelConfig:
     oplm: OPLMConfig = OPLMConfig()  # outlier pseudo label mining
     captions_per_cluster: int = 1  # captions of an image cluster side by side in a batch; 1: random order
     confidence: bool = False  # PCM weighs a pair by how well its two clusters agree (`train/pairs`)
-    # pairs without a label on both sides stay in the epoch, or leave it (CLPC)
-    outliers: Literal["keep", "leave"] = "keep"
+    # rows that no label reaches have no prototype, or one of their own (SpCL), or their pairs leave (CLPC)
+    outliers: Literal["keep", "own", "leave"] = "keep"
 
     def __post_init__(self):
         if not 0 <= self.fuse < 1:

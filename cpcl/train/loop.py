@@ -37,7 +37,7 @@ from cpcl.train.labels import (
     true_labels,
 )
 from .memories import build_bank, build_memories, mu_at, no_memories
-from .pairs import kept_pairs
+from .pairs import kept_pairs, own_labels, pair_agreement
 from cpcl.train.processes import (
     heard,
     once,
@@ -140,7 +140,7 @@ def _judge(found, features, cfg, quality, run, history, log):
     mined = cfg.labels.oplm if CLUSTERED[cfg.labels.source] else replace(cfg.labels.oplm, stages="none")
     report = label_report(found, features, mined)
     rows = len(features.img), len(features.txt)
-    for line in label_remarks(report, *rows, cfg.labels.source):
+    for line in label_remarks(report, *rows, cfg.labels.source, cfg.labels.outliers):
         log(f"  {line}")
     _alarm(cfg, features, run, [row.labels for row in history] + [report], log)
     return report, quality(found.before, (found.img, found.txt)) if quality else {}
@@ -204,16 +204,25 @@ def _memories(features, found, cfg, epoch, train, width, device, log):
     memories = no_memories(len(train.images), len(train.captions), width, device)
     if found is not None:
         mu = mu_at(cfg.memory, epoch, planned_epochs(cfg.optim))
-        memories = build_memories(features, found, cfg.memory, device, mu)
+        memories = build_memories(features, _with_own(found, features, cfg.labels), cfg.memory, device, mu)
         memories.visited = _visited(found, features, cfg, log)
     if cfg.hcm.near:
         memories.bank = build_bank(features, cfg.memory, device)
     return memories
 
 
+def _with_own(found, features, cfg):
+    "Labels of which no row is left out, if the settings ask for it."
+    if cfg.outliers != "own":
+        return found
+    img, txt = own_labels(found.img, found.txt, features.image_of, together=cfg.source == "image")
+    weight = None if found.weight is None else pair_agreement(img, txt, features.image_of)
+    return replace(found, img=img, txt=txt, weight=weight)
+
+
 def _visited(found, features, cfg, log):
     "The caption rows that an epoch visits. None: all of them."
-    if cfg.labels.outliers == "keep":
+    if cfg.labels.outliers != "leave":
         return None
     rows = kept_pairs(found.img, found.txt, features.image_of)
     if len(rows) < 2:
