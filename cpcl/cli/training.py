@@ -218,11 +218,12 @@ class Ablate:
     It can be stopped and started again."""
 
     notebook: tyro.conf.Positional[str]  # a path, or the name of a notebook in nbs/ablations, e.g. 01_parts
+    mine: bool = False  # train only your own rows, of its cell `mine`, beside the row they are compared with
 
     def run(self) -> int:  # exit status
-        "Run the notebook with CPCL_RUN=1."
+        "Run the notebook with CPCL_RUN."
         from cpcl.files import printable
         from cpcl.lab.notebooks import run_notebook
 
-        print(f"wrote {printable(run_notebook(self.notebook))}")
+        print(f"wrote {printable(run_notebook(self.notebook, mine=self.mine))}")
         return 0

@@ -178,12 +178,14 @@ def missing_runs(
     found: dict,  # from `look_up`
     device: str,  # of this machine
     base: str = "",  # name of the row that others are compared with; the first if empty
+    only=None,  # names of rows that may be made; None: all of them
 ) -> tuple:  # lists of Wanted: without a current record anywhere; base rows to train beside them
     "The runs that have to be made on this machine."
     base = base or wanted[0].spec.name
     here = found.get(device, [None] * len(wanted))
     anywhere = [any(map(_current, held)) for held in zip(here, *found.values())]
     lacking = [w for w, is_held in zip(wanted, anywhere) if not is_held]
+    lacking = [w for w in lacking if only is None or w.spec.name in only]
     seeds = {w.spec.seed for w in lacking}
     needed = [w.spec.name == base and w.spec.seed in seeds and w not in lacking for w in wanted]
     beside = [w for w, is_needed, held in zip(wanted, needed, here) if is_needed and not _current(held)]
@@ -290,16 +292,18 @@ def run_missing(
     encoder: EncoderConfig = EncoderConfig(),  # of every run
     base: str = "",  # name of the row that others are compared with; the first if empty
     partial: bool = False,  # without CPCL_RUN: the records there are, however few
+    added: tuple = (),  # names of rows that CPCL_RUN=mine trains
 ) -> list:  # of Record: one per spec, then those of other devices
-    "The records of a grid. Raises UserError if one is missing, unless CPCL_RUN=1 has it trained."
+    "The records of a grid. Raises UserError if one is missing, unless CPCL_RUN has it trained."
     file, root = Path(file), Path(root).resolve()
     data, device = fingerprint(root), device_name()
     wanted = wanted_runs(specs, root, schedule, encoder)
     found = look_up(wanted, read_records(file), data)
-    lacking, beside = missing_runs(wanted, found, device, base)
+    ask = os.environ.get("CPCL_RUN")
+    lacking, beside = missing_runs(wanted, found, device, base, added if ask == "mine" else None)
     if line := _stale_line(found, wanted):
         log(line)
-    if os.environ.get("CPCL_RUN") != "1":
+    if ask not in ("1", "mine"):
         if not partial:
             _missing_error(lacking, beside, found, device, file, len(specs))
     elif lacking:

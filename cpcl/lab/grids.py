@@ -30,10 +30,11 @@ class Grid:
     world: int | str = 1000  # seed of the bench set; 0: the sample set `data/mini`; or the name of a ground
     file: str = ""  # name of the file of records; that of the set if empty
     seeds: tuple = (0, 1, 2)  # of every row
+    added: tuple = ()  # names of the rows that `|` added, which CPCL_RUN=mine trains
 
     def __or__(self, rows):  # e.g. PARTS | {"mu 0.5": ("cpcl", {"memory.mu": 0.5})}
         "The grid with more rows, or with some replaced."
-        return replace(self, rows=self.rows | rows)
+        return replace(self, rows=self.rows | rows, added=(*self.added, *rows))
 
     @property
     def specs(self):  # row by row
@@ -62,8 +63,8 @@ class Grid:
         return bench_set(seed=self.world) if self.world else sample_set()
 
     def records(self):  # lists of Record, one per device; one empty list if there is none
-        "What has been run, the most complete device first. With CPCL_RUN=1 what is missing is trained."
-        kwargs = dict(schedule=self.schedule, base=self.base, partial=True)
+        "What has been run, the most complete device first. With CPCL_RUN what is missing is trained."
+        kwargs = dict(schedule=self.schedule, base=self.base, partial=True, added=self.added)
         return by_device(run_missing(self.specs, self.records_file, self.root(), **kwargs)) or [[]]
 
     def query_person(self):  # int64 `[Q]`

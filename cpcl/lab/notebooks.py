@@ -30,6 +30,7 @@ def find_notebook(
 def run_notebook(
     notebook,  # a path, or the name of a notebook in nbs/ablations
     log=print,  # receives what its cells print
+    mine: bool = False,  # train only the rows of its cell `mine`, beside the row they are compared with
 ) -> Path:  # the notebook, executed in place
     "Train what a notebook has no record of and write it with its outputs. Raises UserError (nbclient)."
     try:
@@ -51,7 +52,7 @@ def run_notebook(
         raise UserError(f"{path} is no notebook ({type(e).__name__}): give one of nbs/ablations") from None
     quiet = dict(record_timing=False, extra_arguments=["--IPKernelApp.log_level=ERROR"])
     here = {"metadata": {"path": str(path.parent)}}
-    with mock.patch.dict(os.environ, {"CPCL_RUN": "1"}):
+    with mock.patch.dict(os.environ, {"CPCL_RUN": "mine" if mine else "1"}):
         try:
             Live(nb, timeout=None, kernel_name="python3", resources=here, **quiet).execute()
         except nbclient.exceptions.CellExecutionError as e:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAR', 'FINAL_SEEDS', 'CAUTION', 'leads', 'candidates', 'in_the_race', 'together', 'compatible', 'ladder', 'best_rung',
-           'left_out', 'screened', 'best_of_each', 'route', 'main']
+           'left_out', 'screened_by_device', 'screened', 'best_of_each', 'route', 'main']
 
 # %% ../../nbs/lab/13_plus.ipynb #b2da252a
 import sys
@@ -123,17 +123,26 @@ def left_out(
     return rows | {f"without {out}": ("cpcl", together([n for n in names if n != out])) for out in names}
 
 # %% ../../nbs/lab/13_plus.ipynb #92dd9636
-def screened(
+def screened_by_device(
     grounds: tuple = DECIDING,  # names
     mine: dict = None,  # rows of your own
-) -> list:  # for each ground a list of Record
+) -> dict:  # device -> for each ground a list of Record; the one with most on the first ground first
     "What the screen has so far: a seed of every part, three of `cpcl`."
     found = {}
     for grid, bound in zip(SCREEN, BOUNDS):
         if grid.name in grounds:
-            parts = [r for r in (grid | (mine or {})).records()[0] if r.name != "cpcl"]
-            found[grid.name] = parts + [r for r in bound.records()[0] if r.name == "cpcl"]
-    return [found[name] for name in grounds]
+            parts = [r for own in (grid | (mine or {})).records() for r in own if r.name != "cpcl"]
+            three = [r for own in bound.records() for r in own if r.name == "cpcl"]
+            for r in [*three, *parts]:
+                found.setdefault(r.device, {}).setdefault(grid.name, []).append(r)
+    return {device: [own.get(name, []) for name in grounds] for device, own in found.items()}
+
+
+def screened(
+    grounds: tuple = DECIDING,  # names
+) -> list:  # for each ground a list of Record
+    "What the screen has so far on the device that has most of it."
+    return next(iter(screened_by_device(grounds).values()), [[] for _ in grounds])
 
 
 FINAL_SEEDS = tuple(range(6))
