@@ -64,7 +64,7 @@ def run_notebook(
         nbformat.write(nb, part)
     return path
 
-
+# %% ../../nbs/lab/06_notebooks.ipynb #7fa68334
 def _drop_bars(nb):
     "A bar that is gone from the screen stays in the file, wherever it was when it was last drawn."
 

@@ -160,7 +160,7 @@ def best_of_each(
             best[preset] = name
     return {name: rows[name] for name in best.values()}
 
-
+# %% ../../nbs/lab/13_plus.ipynb #1c530c43
 CAUTION = "mining by agreement"  # a part that is wanted for its own sake
 
 
