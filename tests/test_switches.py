@@ -27,7 +27,7 @@ PARTS = {
     "agreement": {"labels.oplm.least_agreement": 1.0},
 }
 BOUNDS = ("true-images", "true-captions", "true-outliers", "true-matches")
-SHARED = {"labels.source": "image", "labels.fuse": 0.5, "labels.outliers": "own", "memory.shared": True}
+SHARED = {"labels.source": "image", "labels.fuse": 0.5, "memory.shared": True}
 ALONE = PARTS | {"own prototypes": {"labels.outliers": "own"}}  # of which each is switched on alone
 
 
@@ -60,7 +60,9 @@ def plain(split, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "changes", [{k: v for part in PARTS.values() for k, v in part.items()}, SHARED], ids=["all", "shared"]
+    "changes",
+    [{k: v for part in PARTS.values() for k, v in part.items()}, SHARED, SHARED | {"labels.outliers": "own"}],
+    ids=["all", "shared", "own"],
 )
 def test_a_run_with_parts_resumes_with_the_same_bits(split, tmp_path, changes, promise):
     promise("parts of follow-ups: a resumed run is the same, bit for bit")

@@ -184,8 +184,8 @@ def missing_runs(
     base = base or wanted[0].spec.name
     here = found.get(device, [None] * len(wanted))
     anywhere = [any(map(_current, held)) for held in zip(here, *found.values())]
-    lacking = [w for w, is_held in zip(wanted, anywhere) if not is_held]
-    lacking = [w for w in lacking if only is None or w.spec.name in only]
+    asked = [only is None or w.spec.name in only for w in wanted]
+    lacking = [w for w, is_asked, is_held in zip(wanted, asked, anywhere) if is_asked and not is_held]
     seeds = {w.spec.seed for w in lacking}
     needed = [w.spec.name == base and w.spec.seed in seeds and w not in lacking for w in wanted]
     beside = [w for w, is_needed, held in zip(wanted, needed, here) if is_needed and not _current(held)]

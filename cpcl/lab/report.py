@@ -59,17 +59,17 @@ def read_story(
 # %% ../../nbs/lab/10_report.ipynb #cdd195c6
 def _label_remarks(story, rows):
     "Yield (epoch from 1, line) about labels."
-    cfg, data = story.facts.cfg, story.facts.data
+    labels, data = story.facts.cfg.labels, story.facts.data
     for row in (r for r in rows if r.labels and "images" in data and "captions" in data):
-        sizes, own = (data["images"], data["captions"]), (cfg.labels.source, cfg.labels.outliers)
-        for line in label_remarks(row.labels, *sizes, *own):
+        sizes = data["images"], data["captions"]
+        for line in label_remarks(row.labels, *sizes, labels.source, labels.outliers):
             yield row.epoch + 1, line
     for i, row in enumerate(rows, 1):
         reports = [r.labels for r in rows[:i]]
         if not all(reports):
             continue
         for m in outlier_alarm(reports):
-            if m in CLUSTERED[cfg.labels.source]:
+            if m in CLUSTERED[labels.source]:
                 name, setting = ROWS[m]
                 remedy = f"a larger labels.{setting}.eps makes clusters"
                 yield row.epoch + 1, f"for three epochs more than 90 % of the {name} were outliers ({remedy})"
