@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAR', 'FINAL_SEEDS', 'CAUTION', 'leads', 'candidates', 'in_the_race', 'together', 'compatible', 'ladder', 'best_rung',
-           'left_out', 'screened_by_device', 'screened', 'best_of_each', 'route', 'main']
+           'left_out', 'screened_by_device', 'screened', 'best_of_each', 'route', 'walked', 'main']
 
 # %% ../../nbs/lab/13_plus.ipynb #b2da252a
 import sys
@@ -200,6 +200,16 @@ def route():  # yields (what, grids)
         )
         if plain := {name: row for name, row in METHODS.items() if not row[1] and name not in rows}:
             yield "as published", on_grounds(plain, FINAL, base="")
+
+
+def walked() -> dict:  # step -> its grids; of each round of leaving out the last
+    "The steps of the rule that have all their records."
+    steps = {}
+    for what, grids in route():
+        if any(len(grid.records()[0]) < len(grid.specs) for grid in grids):
+            break
+        steps[what] = grids
+    return steps
 
 # %% ../../nbs/lab/13_plus.ipynb #d289406c
 def main():
