@@ -135,6 +135,15 @@ BY_PRESET = {
         "augment.second": 0.5,
     },
     "clpc": {"labels.outliers": "leave", "memory.teacher": 0.995, "hcm.soft": 0.9},
+    "cpcl-plus": {
+        "labels.source": "image",
+        "labels.outliers": "own",
+        "labels.fuse": 0.25,
+        "labels.by_camera": True,
+        "labels.oplm.least_agreement": 0.7,
+        "hcm.match": "pseudo",
+        "hcm.gate": 0.9,
+    },
     "supervised": {"labels.source": "person", "labels.oplm.stages": "none"},
 }
 REAL = EncoderConfig("ViT-B-16-quickgelu", "openai")

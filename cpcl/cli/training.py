@@ -50,7 +50,9 @@ def result_table(
 
 # %% ../../nbs/cli/01_training.ipynb #64b9eb02
 DataName = Literal["auto", "cuhk-pedes", "icfg-pedes", "rstpreid", "own"]  # a data set's layout
-PresetName = Literal["cpcl", "clip", "clip-itc", "cluster-contrast", "icpg", "dgcmia", "clpc", "supervised"]
+PresetName = Literal[
+    "cpcl", "clip", "clip-itc", "cluster-contrast", "icpg", "dgcmia", "clpc", "cpcl-plus", "supervised"
+]
 
 
 @dataclass

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECIDING', 'FINAL', 'ENDS', 'CALIBRATION_GROUNDS', 'CONSENSUS', 'CHOSEN', 'OWN_IMAGES', 'ADDED', 'ADAPTED', 'METHODS',
-           'SCREEN', 'BOUNDS', 'PLAN', 'on_grounds', 'over_grounds', 'scores_by_name', 'mean_score', 'ranks']
+           'SCREEN', 'BOUNDS', 'PLAN', 'on_grounds', 'over_sets', 'over_grounds', 'scores_by_name', 'mean_score',
+           'ranks']
 
 # %% ../../nbs/lab/12_beyond.ipynb #8e7ad837
 import numpy as np
@@ -97,17 +98,15 @@ BOUNDS = on_grounds(
 PLAN = (*CALIBRATION_GROUNDS, *SCREEN, *BOUNDS)
 
 # %% ../../nbs/lab/12_beyond.ipynb #cc92836d
-def over_grounds(
-    grids: tuple,  # of Grid, with the same rows
+def over_sets(
+    groups: list,  # for each set a list of Record
+    people: list,  # for each set the person of every query
+    rows,  # names
     base: str = "cpcl",  # the row that others are compared with
     ends: tuple = ("clip", "supervised"),  # 0 and 1 of the way; empty: no way
-    groups: list = None,  # a list of Record for each grid; those of the grids if not given
-) -> pd.DataFrame:  # one row per method; seeds, difference in R1 and mAP, rank, way closed, over all grids
+) -> pd.DataFrame:  # one row per method; seeds, difference in R1 and mAP, rank, way closed, over all sets
     "Methods on several sets at once. Rows without a record on each set are left out."
-    groups = [grid.records()[0] for grid in grids] if groups is None else groups
-    people = [grid.query_person() for grid in grids]
     runs = [scores_by_name(records) for records in groups]
-    rows = grids[0].rows if grids else ()
     names = [name for name in rows if all(own.get(name) for own in runs)]
     if base not in names:
         return pd.DataFrame(columns=["seeds", "R1", "mAP", "rank"])
@@ -127,6 +126,18 @@ def over_grounds(
     return pd.DataFrame(table).T.fillna("").sort_values("rank")
 
 
+def over_grounds(
+    grids: tuple,  # of Grid, with the same rows
+    base: str = "cpcl",  # the row that others are compared with
+    ends: tuple = ("clip", "supervised"),  # 0 and 1 of the way; empty: no way
+    groups: list = None,  # a list of Record for each grid; those of the grids if not given
+) -> pd.DataFrame:  # as of `over_sets`
+    "The rows of grids over their grounds. Rows without a record on each ground are left out."
+    groups = [grid.records()[0] for grid in grids] if groups is None else groups
+    people = [grid.query_person() for grid in grids]
+    return over_sets(groups, people, grids[0].rows if grids else (), base, ends)
+
+# %% ../../nbs/lab/12_beyond.ipynb #7ee35e6b
 def scores_by_name(
     records: list,  # of Record, of one ground
 ) -> dict:  # name -> its QueryScores, a seed each
