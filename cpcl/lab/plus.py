@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAR', 'FINAL_SEEDS', 'CAUTION', 'PLUS', 'KNOWN', 'MUST_LEAD', 'leads', 'candidates', 'in_the_race', 'together',
-           'compatible', 'ladder', 'best_rung', 'left_out', 'screened_by_device', 'screened', 'best_of_each', 'route',
-           'walked', 'bars', 'main']
+           'compatible', 'ladder', 'best_rung', 'left_out', 'screened_by_device', 'screened', 'best_of_each',
+           'losses_of', 'route', 'walked', 'bars', 'main']
 
 # %% ../../nbs/lab/13_plus.ipynb #b2da252a
 import sys
@@ -168,6 +168,13 @@ CAUTION = "mining by agreement"  # a part that is wanted for its own sake
 PLUS, KNOWN = "cpcl-plus", "people known, its losses"  # the method, and what true people would give it
 
 
+def losses_of(
+    changes: dict,  # of a method
+) -> dict:  # those that true people leave as they are
+    "What a method changes apart from its labels."
+    return {name: value for name, value in changes.items() if not name.startswith("labels.")}
+
+
 def _fewer(best):
     "Drop parts while the mean is better without one, and add the caution if it costs nothing. Yields steps."
     while True:
@@ -201,8 +208,7 @@ def route():  # yields (what, grids)
         plus = together(best)
         yield "the final grounds", on_grounds(rows | {PLUS: ("cpcl", plus)}, FINAL, FINAL_SEEDS)
         plain = {name: row for name, row in METHODS.items() if not row[1] and name not in rows}
-        losses = {name: value for name, value in plus.items() if not name.startswith("labels.")}
-        plain |= {KNOWN: ("supervised", losses)} if losses else {}
+        plain |= {KNOWN: ("supervised", losses)} if (losses := losses_of(plus)) else {}
         yield "beside it", on_grounds(plain, FINAL, base="")
 
 
