@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECIDING', 'FINAL', 'ENDS', 'CALIBRATION_GROUNDS', 'CONSENSUS', 'CHOSEN', 'OWN_IMAGES', 'ADDED', 'ADAPTED', 'METHODS',
-           'SCREEN', 'BOUNDS', 'PLAN', 'on_grounds', 'over_sets', 'over_grounds', 'scores_by_name', 'mean_score',
-           'ranks']
+           'SCREEN', 'BOUNDS', 'LONGER_GROUNDS', 'LASTING', 'LONGER', 'OTHERS', 'LONGER_METHODS', 'PLAN', 'on_grounds',
+           'over_sets', 'over_grounds', 'scores_by_name', 'mean_score', 'ranks']
 
 # %% ../../nbs/lab/12_beyond.ipynb #8e7ad837
 import numpy as np
@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..eval.intervals import mean_difference_interval, pooled_share_interval
 from . import plan
-from .grids import NO_MINING, Grid
+from .grids import NO_MINING, Grid, long
 from .records import query_scores
 from .tables import signed
 from ..synth.grounds import GROUNDS
@@ -95,7 +95,13 @@ BOUNDS = on_grounds(
         for part in ("images", "captions", "outliers", "matches")
     }
 )
-PLAN = (*CALIBRATION_GROUNDS, *SCREEN, *BOUNDS)
+
+# %% ../../nbs/lab/12_beyond.ipynb #329393ce
+LONGER_GROUNDS = ("harbour-ferry", "festival-crew")
+LASTING = {preset: (preset, {}) for preset in ("clip", "cpcl", "cpcl-plus", "supervised")}
+LONGER = tuple(map(long, on_grounds(LASTING, LONGER_GROUNDS)))
+OTHERS = ("icpg", "dgcmia", "dgcmia above 0.9, light bank", "clpc", "clpc, quick teacher")
+LONGER_METHODS = tuple(map(long, on_grounds({name: METHODS[name] for name in OTHERS}, LONGER_GROUNDS, (0,))))
 
 # %% ../../nbs/lab/12_beyond.ipynb #cc92836d
 def over_sets(
@@ -163,5 +169,7 @@ def ranks(
     return (mean[None] > mean[:, None]).sum(1) + 1
 
 # %% ../../nbs/lab/12_beyond.ipynb #8ff60b97
+PLAN = (*CALIBRATION_GROUNDS, *SCREEN, *BOUNDS, *LONGER, *LONGER_METHODS)
+
 if __name__ == "__main__" and "__file__" in globals():
     plan.main(globals())
