@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECIDING', 'FINAL', 'ENDS', 'CALIBRATION_GROUNDS', 'CONSENSUS', 'CHOSEN', 'OWN_IMAGES', 'ITSELF', 'ADDED', 'ADAPTED',
-           'METHODS', 'SCREEN', 'BOUNDS', 'LONGER_GROUNDS', 'LASTING', 'LONGER', 'OTHERS', 'LONGER_METHODS', 'PLAN',
-           'on_grounds', 'over_sets', 'over_grounds', 'scores_by_name', 'mean_score', 'ranks']
+           'METHODS', 'SCREEN', 'BOUNDS', 'LONGER_GROUNDS', 'ASKED', 'LASTING', 'LONGER', 'OTHERS', 'LONGER_METHODS',
+           'NO_CLUSTERS', 'PLAN', 'on_grounds', 'over_sets', 'over_grounds', 'scores_by_name', 'mean_score', 'ranks']
 
 # %% ../../nbs/lab/12_beyond.ipynb #8e7ad837
 import numpy as np
@@ -99,10 +99,12 @@ BOUNDS = on_grounds(
 
 # %% ../../nbs/lab/12_beyond.ipynb #329393ce
 LONGER_GROUNDS = ("harbour-ferry", "festival-crew")
-LASTING = {preset: (preset, {}) for preset in ("clip", "cpcl", "cpcl-plus", "supervised")} | dict([ITSELF])
+ASKED = {preset: (preset, {}) for preset in ("clip", "cpcl", "supervised")} | dict([ITSELF])
+LASTING = ASKED | {"cpcl-plus": ("cpcl-plus", {})}
 LONGER = tuple(map(long, on_grounds(LASTING, LONGER_GROUNDS)))
 OTHERS = ("icpg", "dgcmia", "dgcmia above 0.9, light bank", "clpc", "clpc, quick teacher")
 LONGER_METHODS = tuple(map(long, on_grounds({name: METHODS[name] for name in OTHERS}, LONGER_GROUNDS, (0,))))
+NO_CLUSTERS = (Grid(ASKED, base="cpcl"), long(Grid(ASKED, base="cpcl")))
 
 # %% ../../nbs/lab/12_beyond.ipynb #cc92836d
 def over_sets(
@@ -170,7 +172,7 @@ def ranks(
     return (mean[None] > mean[:, None]).sum(1) + 1
 
 # %% ../../nbs/lab/12_beyond.ipynb #8ff60b97
-PLAN = (*CALIBRATION_GROUNDS, *SCREEN, *BOUNDS, *LONGER, *LONGER_METHODS)
+PLAN = (*CALIBRATION_GROUNDS, *SCREEN, *BOUNDS, *LONGER, *LONGER_METHODS, *NO_CLUSTERS)
 
 if __name__ == "__main__" and "__file__" in globals():
     plan.main(globals())
