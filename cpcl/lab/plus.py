@@ -19,9 +19,9 @@ from ..eval.intervals import mean_difference_interval, pooled_share_interval
 from cpcl.lab.beyond import (
     ADDED,
     BOUNDS,
+    CONTROL,
     DECIDING,
     FINAL,
-    ITSELF,
     METHODS,
     SCREEN,
     mean_score,
@@ -208,7 +208,7 @@ def route():  # yields (what, grids)
         rows = best_of_each(first[0].records()[0])
         plus = together(best)
         yield "the final grounds", on_grounds(rows | {PLUS: ("cpcl", plus)}, FINAL, FINAL_SEEDS)
-        yield "no clusters", on_grounds(dict([ITSELF]), FINAL, FINAL_SEEDS)
+        yield "no clusters", on_grounds(CONTROL, FINAL, FINAL_SEEDS)
         plain = {name: row for name, row in METHODS.items() if not row[1] and name not in rows}
         plain |= {KNOWN: ("supervised", losses)} if (losses := losses_of(plus)) else {}
         yield "beside it", on_grounds(plain, FINAL, base="")
