@@ -29,6 +29,7 @@ from cpcl.lab.beyond import (
     ranks,
     scores_by_name,
 )
+from .grids import long
 from .plan import work_off
 from .tables import signed
 
@@ -212,6 +213,7 @@ def route():  # yields (what, grids)
         plain = {name: row for name, row in METHODS.items() if not row[1] and name not in rows}
         plain |= {KNOWN: ("supervised", losses)} if (losses := losses_of(plus)) else {}
         yield "beside it", on_grounds(plain, FINAL, base="")
+        yield "longer runs", tuple(map(long, on_grounds(rows | {PLUS: ("cpcl", plus)} | CONTROL, FINAL)))
 
 
 def walked() -> dict:  # step -> its grids; of each round of leaving out the last
