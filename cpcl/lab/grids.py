@@ -11,19 +11,34 @@ __all__ = ['LONG', 'NO_MINING', 'ANY_ONE', 'PARTS', 'NAMES', 'BASELINES', 'MARGI
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core import repo_root
+from ..core import UserError, repo_root
 from ..data import load_person, load_split
 from .demo import sample_set
 from .grid import bench_set, run_missing
 from .records import Spec, by_device
 from ..synth.grounds import ground_set
 
+# %% ../../nbs/lab/08_grids.ipynb #0f12beb6
+def _parts(name, row):
+    "Preset, changes and hooks of a row."
+    try:
+        preset, changes, *own = row
+        changes, hooks = dict(changes), dict(*own)
+        if unknown := hooks.keys() - {"loss", "labels"}:
+            raise TypeError(unknown)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"the row {name!r} must be (preset, changes), or (preset, changes, hooks) with "
+            f"functions by name for loss and labels, got {row!r}"
+        ) from None
+    return preset, changes, hooks
+
 # %% ../../nbs/lab/08_grids.ipynb #894723d3
 @dataclass(frozen=True)
 class Grid:
     "Rows to be compared, with seeds, on one set, under one schedule."
 
-    rows: dict  # name -> (preset, changes)
+    rows: dict  # name -> (preset, changes) or (preset, changes, hooks), e.g. {"loss": "FILE.py:function"}
     base: str = ""  # name of the row that others are compared with; the first if empty
     common: tuple = ()  # changes that all rows share, as ((dotted setting, value), ...)
     schedule: str = "bench"  # a key of SCHEDULES
@@ -38,10 +53,11 @@ class Grid:
 
     @property
     def specs(self):  # row by row
-        "Every run of the grid."
-        common = dict(self.common)
-        rows = [(name, preset, common | changes) for name, (preset, changes) in self.rows.items()]
-        return [Spec(preset, seed, changes, name) for name, preset, changes in rows for seed in self.seeds]
+        "Every run of the grid. Raises UserError for a row that is none."
+        rows, common = [(name, *_parts(name, row)) for name, row in self.rows.items()], dict(self.common)
+        return [
+            Spec(p, seed, common | own, name, **hooks) for name, p, own, hooks in rows for seed in self.seeds
+        ]
 
     @property
     def name(self):  # of the set, e.g. "synth-1k-1001"

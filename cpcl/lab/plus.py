@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAR', 'FINAL_SEEDS', 'CAUTION', 'PLUS', 'KNOWN', 'MUST_LEAD', 'leads', 'candidates', 'in_the_race', 'together',
-           'compatible', 'ladder', 'best_rung', 'left_out', 'screened_by_device', 'screened', 'best_of_each',
+           'compatible', 'ladder', 'best_rung', 'left_out', 'screened_by_device', 'screened', 'best_of_each', 'needed',
            'losses_of', 'route', 'walked', 'bars', 'main']
 
 # %% ../../nbs/lab/13_plus.ipynb #b2da252a
@@ -19,9 +19,9 @@ from ..eval.intervals import mean_difference_interval, pooled_share_interval
 from cpcl.lab.beyond import (
     ADDED,
     BOUNDS,
+    CONTROL,
     DECIDING,
     FINAL,
-    ITSELF,
     METHODS,
     SCREEN,
     mean_score,
@@ -29,6 +29,7 @@ from cpcl.lab.beyond import (
     ranks,
     scores_by_name,
 )
+from .grids import long
 from .plan import work_off
 from .tables import signed
 
@@ -164,9 +165,17 @@ def best_of_each(
             best[preset] = name
     return {name: rows[name] for name in best.values()}
 
-# %% ../../nbs/lab/13_plus.ipynb #1c530c43
+# %% ../../nbs/lab/13_plus.ipynb #e2aa8660
 CAUTION = "mining by agreement"  # a part that is wanted for its own sake
 PLUS, KNOWN = "cpcl-plus", "people known, its losses"  # the method, and what true people would give it
+MUST_LEAD = ("cpcl", "icpg", "dgcmia")  # presets
+
+
+def needed(
+    rows: dict,  # name -> (preset, changes)
+) -> dict:  # the same for fewer rows
+    "The rows that the bars ask for: those that must be led, and both ends of the way."
+    return {name: row for name, row in rows.items() if row[0] in (*MUST_LEAD, "clip", "supervised")}
 
 
 def losses_of(
@@ -175,7 +184,7 @@ def losses_of(
     "What a method changes apart from its labels."
     return {name: value for name, value in changes.items() if not name.startswith("labels.")}
 
-
+# %% ../../nbs/lab/13_plus.ipynb #1c530c43
 def _fewer(best):
     "Drop parts while the mean is better without one, and add the caution if it costs nothing. Yields steps."
     while True:
@@ -208,10 +217,12 @@ def route():  # yields (what, grids)
         rows = best_of_each(first[0].records()[0])
         plus = together(best)
         yield "the final grounds", on_grounds(rows | {PLUS: ("cpcl", plus)}, FINAL, FINAL_SEEDS)
-        yield "no clusters", on_grounds(dict([ITSELF]), FINAL, FINAL_SEEDS)
+        yield "no clusters", on_grounds(CONTROL, FINAL, FINAL_SEEDS)
         plain = {name: row for name, row in METHODS.items() if not row[1] and name not in rows}
         plain |= {KNOWN: ("supervised", losses)} if (losses := losses_of(plus)) else {}
         yield "beside it", on_grounds(plain, FINAL, base="")
+        lasting = needed(rows) | {PLUS: ("cpcl", plus)} | CONTROL
+        yield "longer runs", tuple(map(long, on_grounds(lasting, FINAL)))
 
 
 def walked() -> dict:  # step -> its grids; of each round of leaving out the last
@@ -224,9 +235,6 @@ def walked() -> dict:  # step -> its grids; of each round of leaving out the las
     return steps
 
 # %% ../../nbs/lab/13_plus.ipynb #60682d63
-MUST_LEAD = ("cpcl", "icpg", "dgcmia")  # presets
-
-
 def bars(
     groups: list,  # for each ground a list of Record
     people: list,  # for each ground the person of every query
