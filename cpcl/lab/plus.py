@@ -219,9 +219,9 @@ def route():  # yields (what, grids)
         yield "the final grounds", on_grounds(rows | {PLUS: ("cpcl", plus)}, FINAL, FINAL_SEEDS)
         yield "no clusters", on_grounds(CONTROL, FINAL, FINAL_SEEDS)
         plain = {name: row for name, row in METHODS.items() if not row[1] and name not in rows}
-        plain |= {KNOWN: ("supervised", losses)} if (losses := losses_of(plus)) else {}
-        yield "beside it", on_grounds(plain, FINAL, base="")
-        lasting = needed(rows) | {PLUS: ("cpcl", plus)} | CONTROL
+        known = {KNOWN: ("supervised", losses)} if (losses := losses_of(plus)) else {}
+        yield "beside it", on_grounds(plain | known, FINAL, base="")
+        lasting = needed(rows | known) | {PLUS: ("cpcl", plus)} | CONTROL
         yield "longer runs", tuple(map(long, on_grounds(lasting, FINAL)))
 
 
