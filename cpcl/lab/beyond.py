@@ -41,7 +41,7 @@ CALIBRATION_GROUNDS = on_grounds(ENDS, (*DECIDING, *FINAL), base="clip")
 CONSENSUS = {"labels.image.consensus": 3, "labels.caption.consensus": 3}
 CHOSEN = {"labels.image.k1": "auto", "labels.caption.k1": "auto"}
 OWN_IMAGES = {"labels.source": "image", "labels.outliers": "own"}
-ITSELF = "every image itself"  # the control: no clusters
+ITSELF = "every image itself"  # radius zero: mutual pairs, as k2 makes them equal
 CONTROL = {ITSELF: ("cpcl", OWN_IMAGES | {"labels.image.eps": 1e-4})}
 ADDED = {  # part -> changes of `cpcl`
     "mask": {"augment.mask": 0.15},
