@@ -42,8 +42,8 @@ CONSENSUS = {"labels.image.consensus": 3, "labels.caption.consensus": 3}
 CHOSEN = {"labels.image.k1": "auto", "labels.caption.k1": "auto"}
 OWN_IMAGES = {"labels.source": "image", "labels.outliers": "own"}
 ALONE, PAIRS = "no clusters", "mutual pairs"
-CONTROLS = {  # no row is a core of DBSCAN; a radius of zero, where k2 makes mutual neighbours equal
-    ALONE: ("cpcl", OWN_IMAGES | {"labels.image.min_samples": 10**9}),
+CONTROLS = {  # more neighbours asked for than there are images; a radius of zero, where k2 makes pairs equal
+    ALONE: ("cpcl", OWN_IMAGES | {"labels.image.min_samples": 10_000}),
     PAIRS: ("cpcl", OWN_IMAGES | {"labels.image.eps": 1e-4}),
 }
 ADDED = {  # part -> changes of `cpcl`
