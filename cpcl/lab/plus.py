@@ -19,7 +19,7 @@ from ..eval.intervals import mean_difference_interval, pooled_share_interval
 from cpcl.lab.beyond import (
     ADDED,
     BOUNDS,
-    CONTROL,
+    CONTROLS,
     DECIDING,
     FINAL,
     METHODS,
@@ -217,11 +217,11 @@ def route():  # yields (what, grids)
         rows = best_of_each(first[0].records()[0])
         plus = together(best)
         yield "the final grounds", on_grounds(rows | {PLUS: ("cpcl", plus)}, FINAL, FINAL_SEEDS)
-        yield "no clusters", on_grounds(CONTROL, FINAL, FINAL_SEEDS)
+        yield "the controls", on_grounds(CONTROLS, FINAL, FINAL_SEEDS)
         plain = {name: row for name, row in METHODS.items() if not row[1] and name not in rows}
         known = {KNOWN: ("supervised", losses)} if (losses := losses_of(plus)) else {}
         yield "beside it", on_grounds(plain | known, FINAL, base="")
-        lasting = needed(rows | known) | {PLUS: ("cpcl", plus)} | CONTROL
+        lasting = needed(rows | known) | {PLUS: ("cpcl", plus)} | CONTROLS
         yield "longer runs", tuple(map(long, on_grounds(lasting, FINAL)))
 
 
