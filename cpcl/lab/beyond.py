@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DECIDING', 'FINAL', 'ENDS', 'CALIBRATION_GROUNDS', 'CONSENSUS', 'CHOSEN', 'OWN_IMAGES', 'ALONE', 'PAIRS', 'CONTROLS',
            'ADDED', 'ADAPTED', 'METHODS', 'SCREEN', 'BOUNDS', 'LONGER_GROUNDS', 'ASKED', 'LASTING', 'LONGER', 'OTHERS',
-           'LONGER_METHODS', 'NO_CLUSTERS', 'PLAN', 'on_grounds', 'over_sets', 'over_grounds', 'scores_by_name',
-           'mean_score', 'ranks']
+           'LONGER_METHODS', 'CLUSTERS', 'CAPTIONS', 'NO_CLUSTERS', 'PLAN', 'on_grounds', 'over_sets', 'over_grounds',
+           'scores_by_name', 'mean_score', 'ranks']
 
 # %% ../../nbs/lab/12_beyond.ipynb #8e7ad837
 import numpy as np
@@ -110,6 +110,8 @@ LASTING = ASKED | {"cpcl-plus": ("cpcl-plus", {})}
 LONGER = tuple(map(long, on_grounds(LASTING, LONGER_GROUNDS)))
 OTHERS = ("icpg", "dgcmia", "dgcmia above 0.9, light bank", "clpc", "clpc, quick teacher")
 LONGER_METHODS = tuple(map(long, on_grounds({name: METHODS[name] for name in OTHERS}, LONGER_GROUNDS, (0,))))
+CLUSTERS = {name: METHODS[name] for name in ("clip", "cpcl")} | {ALONE: CONTROLS[ALONE]}
+CAPTIONS = on_grounds(CLUSTERS, ("night-one-caption", "port-two-captions"), tuple(range(6)))
 NO_CLUSTERS = (Grid(ASKED, base="cpcl"), long(Grid(ASKED, base="cpcl")))
 
 # %% ../../nbs/lab/12_beyond.ipynb #cc92836d
@@ -178,7 +180,7 @@ def ranks(
     return (mean[None] > mean[:, None]).sum(1) + 1
 
 # %% ../../nbs/lab/12_beyond.ipynb #8ff60b97
-PLAN = (*CALIBRATION_GROUNDS, *SCREEN, *BOUNDS, *LONGER, *LONGER_METHODS, *NO_CLUSTERS)
+PLAN = (*CALIBRATION_GROUNDS, *SCREEN, *BOUNDS, *LONGER, *LONGER_METHODS, *NO_CLUSTERS, *CAPTIONS)
 
 if __name__ == "__main__" and "__file__" in globals():
     plan.main(globals())

@@ -6,7 +6,7 @@
 __all__ = ['GROUNDS', 'CHECKSUMS', 'Ground', 'ground_set']
 
 # %% ../../nbs/synth/12_grounds.ipynb #74a00003
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core import UserError, repo_root
@@ -29,11 +29,11 @@ class Ground:
     twins: int  # one person in so many is a look-alike
     errors: float  # factor of the annotators' chance to be wrong
     splits: tuple  # people in train, val and test
-    role: str = "deciding"  # deciding: settings are chosen on it; final: only scored
+    role: str = "deciding"  # deciding: settings are chosen on it; final: only scored; why: one thing changed
 
     def __post_init__(self):
-        if self.role not in ("deciding", "final"):
-            raise UserError(f"role must be deciding or final, got {self.role!r}")
+        if self.role not in ("deciding", "final", "why"):
+            raise UserError(f"role must be deciding, final or why, got {self.role!r}")
         split_sizes(self.people, self.splits)
 
     @property
@@ -57,6 +57,12 @@ _GROUNDS = (
     Ground("festival-night", "festival", 800, 3006, (3, 5), 2, 6, 1.4, 15, 0.5, (500, 60, 240), "final"),
 )
 GROUNDS = {ground.name: ground for ground in _GROUNDS}
+GROUNDS["night-one-caption"] = replace(
+    GROUNDS["festival-night"], name="night-one-caption", captions=1, role="why"
+)
+GROUNDS["port-two-captions"] = replace(
+    GROUNDS["harbour-port"], name="port-two-captions", captions=2, role="why"
+)
 
 # %% ../../nbs/synth/12_grounds.ipynb #74a0000d
 CHECKSUMS = {
@@ -66,6 +72,8 @@ CHECKSUMS = {
     "festival-crew": "22d2b12b6dbbe6528bbae2ea15a25a8dd1a1b486e40de2942cc83c033d990b9e",
     "festival-gate": "2190353dd71fe23a6c3694e6344ea6b6ce484cf19d0eb9cfb8b00e50f5ef31b2",
     "festival-night": "ff56b84b4fa9afb3eefd81c074bef4991d2484fc572e6438b8a56cca6891d8dc",
+    "night-one-caption": "a2ae5224b8312a6b6a2d4cb77a39a7077aea632672392435731bbdfd87537190",
+    "port-two-captions": "c7e79f8aaf72d81292ed4d368562cf44b93f4c9e1823294ee88c45b77cc1114b",
 }
 
 # %% ../../nbs/synth/12_grounds.ipynb #74a0000e
