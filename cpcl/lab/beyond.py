@@ -110,6 +110,7 @@ LASTING = ASKED | {"cpcl-plus": ("cpcl-plus", {})}
 LONGER = tuple(map(long, on_grounds(LASTING, LONGER_GROUNDS)))
 OTHERS = ("icpg", "dgcmia", "dgcmia above 0.9, light bank", "clpc", "clpc, quick teacher")
 LONGER_METHODS = tuple(map(long, on_grounds({name: METHODS[name] for name in OTHERS}, LONGER_GROUNDS, (0,))))
+# what clusters are worth: the pairs alone, single images as prototypes, clusters
 CLUSTERS = {name: METHODS[name] for name in ("clip", "cpcl")} | {ALONE: CONTROLS[ALONE]}
 CAPTIONS = on_grounds(CLUSTERS, ("night-one-caption", "port-two-captions"), tuple(range(6)))
 NO_CLUSTERS = (Grid(ASKED, base="cpcl"), long(Grid(ASKED, base="cpcl")))
