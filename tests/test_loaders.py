@@ -1,6 +1,7 @@
 "Loader processes that cannot start, have no room, are killed or stopped: one line, never a hang."
 
-import contextlib, multiprocessing, os, random, resource, signal, subprocess, sys, threading, time
+import contextlib, faulthandler, multiprocessing, os, random, resource, signal, subprocess, sys
+import threading, time
 from collections import Counter
 
 import pytest
@@ -121,8 +122,16 @@ def test_a_damaged_image(split, tmp_path, promise):
 # --- death
 
 
+@pytest.fixture
+def no_trace():
+    "pytest's handler would print the stack of each process that SIGSEGV ends, as if the tests had crashed."
+    faulthandler.disable()
+    yield
+    faulthandler.enable(sys.__stderr__)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
-def test_killed_at_any_moment(how, promise):
+def test_killed_at_any_moment(how, no_trace, promise):
     "A thread kills one of two processes at a random moment, while batches are waited for or used."
     draw, ends, tries = random.Random(int(how)), Counter(), 12
 
