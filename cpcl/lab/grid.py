@@ -192,15 +192,13 @@ def missing_runs(
     return lacking, beside
 
 # %% ../../nbs/lab/04_grid.ipynb #8b5e8355
-def _stale_line(found, wanted):
+def _stale_line(found):
     "Which rows are stale and what changed, in one line, empty if none is."
     stale = [r for row in found.values() for r in row if r and r.changed]
     if not stale:
         return ""
-    rows = ", ".join(
-        f"{name} (seed {' '.join(str(r.seed) for r in stale if r.name == name)})"
-        for name in dict.fromkeys(r.name for r in stale)
-    )
+    seeds = {name: " ".join(str(r.seed) for r in stale if r.name == name) for name in {r.name for r in stale}}
+    rows = some_of(f"{name} (seed {each})" for name, each in seeds.items())
     modules = {m for r in stale for m in r.changed}
     commits = {r.code_commit for r in stale}
     return f"stale: {rows}: {some_of(modules)} changed since commit {some_of(commits)}"
@@ -301,7 +299,7 @@ def run_missing(
     found = look_up(wanted, read_records(file), data)
     ask = os.environ.get("CPCL_RUN")
     lacking, beside = missing_runs(wanted, found, device, base, added if ask == "mine" else None)
-    if line := _stale_line(found, wanted):
+    if line := _stale_line(found):
         log(line)
     if ask not in ("1", "mine"):
         if not partial:
