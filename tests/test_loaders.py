@@ -122,12 +122,16 @@ def test_a_damaged_image(split, tmp_path, promise):
 # --- death
 
 
+SILENT = [False]  # whether forked processes end by SIGSEGV without the stack that pytest has printed
+os.register_at_fork(after_in_child=lambda: SILENT[0] and faulthandler.disable())
+
+
 @pytest.fixture
 def no_trace():
-    "pytest's handler would print the stack of each process that SIGSEGV ends, as if the tests had crashed."
-    faulthandler.disable()
+    "The stacks of processes ended on purpose look as if the tests had crashed; that of a real crash stays."
+    SILENT[0] = True
     yield
-    faulthandler.enable(sys.__stderr__)
+    SILENT[0] = False
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
